@@ -1,0 +1,114 @@
+"""Configuration of VIP-ANT: CLIP's text and image towers, and an audio tower of the same kind."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+
+
+@strict
+class VipAntAudioConfig(PreTrainedConfig):
+    """Configuration of the audio tower: CLIP's vision transformer over overlapping spectrogram patches.
+
+    The defaults are those of the paper (ViT-B/32 on 10 s of sound). Sizes shared with the image tower have the
+    names they have in `CLIPVisionConfig`.
+
+    Args:
+        num_mel_bins: Mel bins of a spectrogram frame.
+        num_frames: Frames (10 ms each) the stored positions stand for; other lengths interpolate them.
+        num_channels: Input channels of the stored patch kernel; their mean is what a spectrogram meets.
+        patch_size: Patch height (time frames) and width (mel bins).
+        patch_stride: Step between patches in time frames and mel bins.
+    """
+
+    model_type = "vipant_audio_model"
+    base_config_key = "audio_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    num_mel_bins: int = 128
+    num_frames: int = 1000
+    patch_size: list[int] | tuple[int, ...] = (32, 32)
+    patch_stride: list[int] | tuple[int, ...] = (16, 24)
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along time and frequency for `num_frames` frames: (61, 5) with the paper's sizes."""
+        return self.grid_for(self.num_frames)
+
+    def grid_for(self, num_frames: int) -> tuple[int, int]:
+        """Patches along time and frequency for a spectrogram of `num_frames` frames."""
+        sizes = zip((num_frames, self.num_mel_bins), self.patch_size, self.patch_stride, strict=True)
+        time, frequency = ((size - patch) // stride + 1 for size, patch, stride in sizes)
+        return time, frequency
+
+    def validate_architecture(self):
+        """Checks the sizes against each other; part of `@strict`'s validation.
+
+        Raises:
+            ValueError: If heads do not divide the width, or no patch fits in the spectrogram.
+        """
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        if len(self.patch_size) != 2 or len(self.patch_stride) != 2:
+            raise ValueError("patch_size and patch_stride are each two numbers: time frames, mel bins")
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"a patch of {tuple(self.patch_size)} does not fit in {self.num_frames} frames x "
+                f"{self.num_mel_bins} mel bins"
+            )
+
+
+@strict
+class VipAntConfig(PreTrainedConfig):
+    """Configuration of `VipAntModel` and `VipAntForAudioClassification`.
+
+    Args:
+        text_config: CLIP's text tower (`CLIPTextConfig` or its dict).
+        vision_config: CLIP's image tower (`CLIPVisionConfig` or its dict).
+        audio_config: The audio tower (`VipAntAudioConfig` or its dict).
+        projection_dim: Width of the common embedding space.
+        logit_scale_init_value: Logarithm of the first logit scale; ln(1 / 0.07).
+        classifier_hidden_size: Width of the hidden layer of the classification head; None for a linear head.
+        initializer_range: Standard deviation of the classification head's initial weights.
+        initializer_factor: Factor on the standard deviations of CLIP's initial weights.
+    """
+
+    model_type = "vipant"
+    sub_configs_defaults = {  # noqa: RUF012 (transformers reads a plain class attribute)
+        "text_config": CLIPTextConfig,
+        "vision_config": CLIPVisionConfig,
+        "audio_config": VipAntAudioConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
+    classifier_hidden_size: int | None = None
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        # Saving one model records only its own auto class; the same weights serve both.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_vipant.VipAntConfig",
+                "AutoModel": "modeling_vipant.VipAntModel",
+                "AutoModelForAudioClassification": "modeling_vipant.VipAntForAudioClassification",
+            },
+        )
+        super().__post_init__(**kwargs)
+
+
+VipAntConfig.register_for_auto_class("AutoConfig")
+
+__all__ = ["VipAntAudioConfig", "VipAntConfig"]

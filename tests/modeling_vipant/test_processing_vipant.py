@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_dali.feature_extraction_dali import DaliFeatureExtractor
+from modeling_vipant import VipAntFeatureExtractor, VipAntProcessor, sync_front_end
+from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_processor, tiny_vipant
+
+
+def sound(seed: int, seconds: float = 0.6, rate: int = 16_000) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
+
+
+def test_front_end_copy_has_not_drifted():
+    assert sync_front_end.TARGET.read_text() == sync_front_end.generate(), (
+        "run `python -m modeling_vipant.sync_front_end`"
+    )
+
+
+def test_front_end_has_vipants_numbers():
+    waveform = sound(0, seconds=9.0)
+    raw = DaliFeatureExtractor(num_frames=1000, mean=0.0, std=1.0)(waveform, 16_000)["input_features"]
+    ours = VipAntFeatureExtractor()(waveform, 16_000)["input_features"]
+    assert ours.shape == (1, 1000, 128)
+    torch.testing.assert_close(ours, (raw + 4.93839311) / 5.75751113)
+    torch.testing.assert_close(ours[0, -1], torch.full((128,), 4.93839311 / 5.75751113))  # padding: 0 in the log domain
+
+
+def test_processor_feeds_the_model():
+    processor, model = tiny_processor(), tiny_vipant()
+    images = [Image.new("RGB", (50, 40), color) for color in ("red", "green")]
+    inputs = processor(
+        audio=[sound(1), sound(2)], images=images, text=["rain", "a dog"], sampling_rate=16_000, return_tensors="pt"
+    )
+    assert inputs["input_features"].shape == (2, NUM_FRAMES, NUM_BINS)
+    assert inputs["pixel_values"].shape == (2, 3, 28, 28)
+    output = model(**inputs)
+    assert output.logits_per_audio.shape == (2, 2)
+    # Padding texts to one length does not change them.
+    alone = processor(text=["rain"], return_tensors="pt")
+    torch.testing.assert_close(
+        model.get_text_features(**alone).pooler_output[0], output.text_embeds[0], atol=1e-6, rtol=0
+    )
+
+
+def test_long_texts_are_cut_to_the_towers_length():
+    inputs = tiny_processor()(text=["x" * 300], return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, 40)
+    tiny_vipant().get_text_features(**inputs)
+
+
+def test_other_clip_lengths_by_one_number():
+    processor = tiny_processor()
+    processor.feature_extractor.num_frames = 115
+    inputs = processor(audio=[sound(1, seconds=3.0)], sampling_rate=16_000, return_tensors="pt")
+    assert inputs["input_features"].shape == (1, 115, NUM_BINS)
+    assert tiny_vipant()(**inputs).audio_embeds.shape == (1, 24)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises((TypeError, ValueError)):
+        tiny_processor()(audios=[sound(0)], sampling_rate=16_000)
+
+
+def test_processor_round_trip(tmp_path):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path)
+    again = VipAntProcessor.from_pretrained(tmp_path)
+    assert again.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
+    for name, value in processor(text="rain", audio=[sound(3)], sampling_rate=16_000, return_tensors="pt").items():
+        torch.testing.assert_close(
+            again(text="rain", audio=[sound(3)], sampling_rate=16_000, return_tensors="pt")[name], value
+        )
