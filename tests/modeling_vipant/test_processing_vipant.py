@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from modeling_dali.feature_extraction_dali import DaliFeatureExtractor
-from modeling_vipant import VipAntFeatureExtractor, VipAntProcessor, sync_front_end
+from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor, sync_front_end
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_processor, tiny_vipant
 
 
@@ -72,3 +73,11 @@ def test_processor_round_trip(tmp_path):
         torch.testing.assert_close(
             again(text="rain", audio=[sound(3)], sampling_rate=16_000, return_tensors="pt")[name], value
         )
+
+
+def test_auto_classes_know_vipant_where_it_is_installed(tmp_path):
+    tiny_vipant().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is VipAntModel
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is VipAntProcessor
+    assert type(AutoFeatureExtractor.from_pretrained(tmp_path)) is VipAntFeatureExtractor
