@@ -262,5 +262,3 @@ def test_gradient_checkpointing_gives_the_same_gradients(inputs):
         model(input_features=inputs["input_features"], input_ids=inputs["input_ids"], return_loss=True).loss.backward()
         gradients.append(model.audio_model.embeddings.patch_embedding.weight.grad)
     torch.testing.assert_close(*gradients)
-
-

@@ -25,7 +25,9 @@ def test_front_end_has_vipants_numbers():
     ours = VipAntFeatureExtractor()(waveform, 16_000)["input_features"]
     assert ours.shape == (1, 1000, 128)
     torch.testing.assert_close(ours, (raw + 4.93839311) / 5.75751113)
-    torch.testing.assert_close(ours[0, -1], torch.full((128,), 4.93839311 / 5.75751113))  # padding: 0 in the log domain
+    torch.testing.assert_close(
+        ours[0, -1], torch.full((128,), 4.93839311 / 5.75751113)
+    )  # padding: 0 in the log domain
 
 
 def test_processor_feeds_the_model():
