@@ -75,7 +75,9 @@ def _decode_audio(source) -> tuple[np.ndarray, int]:
             frames += resampler.resample(None)
             rate = stream.rate
     except (FFmpegError, OSError) as error:
-        raise UnreadableFileError(f"{_name(source)}: not a sound or video file that can be decoded ({error}).") from error
+        raise UnreadableFileError(
+            f"{_name(source)}: not a sound or video file that can be decoded ({error})."
+        ) from error
     if not frames:
         raise UnreadableFileError(f"{_name(source)}: the sound has a length of zero.")
     return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), rate

@@ -186,7 +186,9 @@ class DaliFeatureExtractor(SequenceFeatureExtractor):
         rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(clips)
         if len(rates) != len(clips):
             raise ValueError(f"{len(rates)} sampling rates were given for {len(clips)} clips.")
-        return [self._prepare_clip(clip, rate, index) for index, (clip, rate) in enumerate(zip(clips, rates, strict=True))]
+        return [
+            self._prepare_clip(clip, rate, index) for index, (clip, rate) in enumerate(zip(clips, rates, strict=True))
+        ]
 
     def _prepare_clip(self, clip, rate: int, index: int) -> torch.Tensor:
         samples = first_channel(to_float32(clip, index), index)

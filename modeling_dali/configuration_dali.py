@@ -1,0 +1,140 @@
+"""Configurations of DALI: the CAV-MAE audio encoder, and a LLaVA configuration with an audio side."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class DaliAudioConfig(PreTrainedConfig):
+    """
+    The audio branch of CAV-MAE: a ViT on log-mel patches.
+
+    Args:
+        num_frames: Frames of the log-mel input (time).
+        num_mel_bins: Mel bins of the log-mel input (frequency).
+        patch_size: Side of the square patches, which do not overlap; divides both sizes above.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
+        attention_dropout, initializer_range: As in any ViT.
+
+    Source: CAV-MAE's audio branch as used by DALI (8 x 64 = 512 tokens of width 768).
+    """
+
+    model_type = "dali_audio"
+    base_config_key = "audio_config"
+
+    num_frames: int = 1024
+    num_mel_bins: int = 128
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("num_frames", "num_mel_bins"):
+            if getattr(self, name) % self.patch_size:
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) must be a multiple of `patch_size` ({self.patch_size})."
+                )
+        if self.hidden_size % (2 * self.num_attention_heads) or self.hidden_size % 4:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of 4 (for sin-cos positions) and of twice "
+                f"`num_attention_heads` ({self.num_attention_heads})."
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches over frequency and over time; tokens run over frequency first, so (8, 64) is 8 rows of 64 tokens."""
+        return self.num_mel_bins // self.patch_size, self.num_frames // self.patch_size
+
+
+def count_audio_tokens(audio_config: PreTrainedConfig) -> int:
+    """
+    Tokens that an audio encoder gives for one clip.
+
+    Raises:
+        ValueError: for an encoder that is not known here; set `DaliConfig.audio_seq_length` then.
+    """
+    match audio_config.model_type:
+        case "dali_audio":
+            rows, columns = audio_config.grid
+            return rows * columns
+        case "audio-spectrogram-transformer":
+            rows = (audio_config.num_mel_bins - audio_config.patch_size) // audio_config.frequency_stride + 1
+            columns = (audio_config.max_length - audio_config.patch_size) // audio_config.time_stride + 1
+            return rows * columns + 2  # class and distillation tokens
+        case "whisper":
+            return audio_config.max_source_positions
+        case "clap_audio_model":  # square patches, merged two by two between stages
+            side = audio_config.spec_size // audio_config.patch_stride[0] // 2 ** (len(audio_config.depths) - 1)
+            return side * side
+        case other:
+            raise ValueError(
+                f"The number of tokens of the audio encoder `{other}` is not known: give it as `audio_seq_length`."
+            )
+
+
+def audio_width(audio_config: PreTrainedConfig) -> int:
+    """Width of an audio encoder's tokens."""
+    if audio_config.model_type == "clap_audio_model":  # `hidden_size` is that of the text side's projection
+        return audio_config.patch_embeds_hidden_size * 2 ** (len(audio_config.depths) - 1)
+    return audio_config.d_model if audio_config.model_type == "whisper" else audio_config.hidden_size
+
+
+@strict
+class DaliConfig(LlavaConfig):
+    """
+    A LLaVA configuration with an audio encoder beside the image tower.
+
+    Args:
+        audio_config: Configuration of the audio encoder: a `DaliAudioConfig`, or that of another transformers audio
+            encoder (AST, Whisper, CLAP's audio model).
+        audio_token_index: Vocabulary index of the `<audio>` placeholder.
+        audio_seq_length: Audio tokens per clip; follows from `audio_config` where that encoder is known.
+        prefix_token_index: Vocabulary index of the `<prefix>` placeholder.
+        prefix_length: Number of soft prefix tokens the model holds; 0 for none.
+        prefix_position: Where prompts put the prefix: `"after_media"` (right behind the image and audio tokens, as the
+            method was published) or `"front"` (before everything else, as PEFT's prompt tuning does).
+
+    All other arguments are those of [`~transformers.LlavaConfig`].
+    """
+
+    model_type = "dali"
+    attribute_map = {
+        "image_token_id": "image_token_index",
+        "audio_token_id": "audio_token_index",
+        "prefix_token_id": "prefix_token_index",
+    }
+    sub_configs_defaults = {
+        **LlavaConfig.sub_configs_defaults,
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="dali_audio"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    audio_token_index: int = 32002
+    audio_seq_length: int | None = None
+    prefix_token_index: int = 32003
+    prefix_length: int = 0
+    prefix_position: Literal["after_media", "front"] = "after_media"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.audio_seq_length is None:
+            self.audio_seq_length = count_audio_tokens(self.audio_config)
+        if self.prefix_length < 0:
+            raise ValueError(f"`prefix_length` must not be negative, it is {self.prefix_length}.")
+
+
+# `audio_config` is found by its model type, also where this file comes from the Hub.
+AutoConfig.register("dali_audio", DaliAudioConfig, exist_ok=True)
+DaliConfig.register_for_auto_class()
+
+__all__ = ["DaliAudioConfig", "DaliConfig", "audio_width", "count_audio_tokens"]
