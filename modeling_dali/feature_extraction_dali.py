@@ -197,7 +197,7 @@ class DaliFeatureExtractor(SequenceFeatureExtractor):
         if not np.isfinite(samples).all():
             bad = np.flatnonzero(~np.isfinite(samples))
             raise ValueError(
-                f"Clip {index} has {bad.size} NaN or infinite samples, the first at sample {bad[0]}: repair or drop it."
+                f"Clip {index} has {bad.size} NaN or infinite samples, the first at {bad[0]}: repair or drop it."
             )
         if rate != self.sampling_rate:
             if not rate > 0:

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -454,7 +455,8 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
     ```python
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     model = AutoModel.from_pretrained(path, trust_remote_code=True)
-    inputs = processor(text=processor.caption_prompt("audio"), audio=waveform, sampling_rate=16_000, return_tensors="pt")
+    prompt = processor.caption_prompt("audio")
+    inputs = processor(text=prompt, audio=waveform, sampling_rate=16_000, return_tensors="pt")
     print(processor.decode_captions(model.generate(**inputs), inputs))
     ```
     """
@@ -468,7 +470,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = DaliModel(config)
         self.post_init()
 
-    # Loading and saving -----------------------------------------------------------------------------------------------
+    # Loading and saving ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -571,8 +573,8 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         """
         Adds `<audio>` and `<prefix>` to a tokenizer and tells the configuration their indices.
 
-        The embeddings grow if they have no spare rows for them. Rows of the two tokens that equal another row are drawn
-        anew: where a model gets embeddings only (PEFT's prompt tuning), placeholders are found by their embedding.
+        The embeddings grow if they have no spare rows for them. Rows of the two tokens that equal another row are
+        drawn anew: where a model gets embeddings only (PEFT's prompt tuning), placeholders are found by them.
         """
         tokenizer.add_special_tokens(
             {"additional_special_tokens": ["<audio>", "<prefix>"]}, replace_extra_special_tokens=False
@@ -587,7 +589,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
                 if (weight == weight[index]).all(-1).sum() > 1:
                     weight[index].normal_(std=self.config.text_config.initializer_range)
 
-    # The prefix -------------------------------------------------------------------------------------------------------
+    # The prefix -----------------------------------------------------------------------------------------------------
 
     def add_prefix(self, length: int = 16, position: str = "after_media") -> None:
         """
@@ -634,7 +636,6 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         if self.model.prefix is None:
             raise ValueError("The model holds no prefix to save.")
         text = self.config.text_config
-        os.makedirs(path, exist_ok=True)
         PromptTuningConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=len(self.model.prefix),
@@ -646,7 +647,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             inference_mode=True,
         ).save_pretrained(str(path))
         weights = {"prompt_embeddings": self.model.prefix.detach().cpu().contiguous()}
-        save_file(weights, os.path.join(path, "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def _set_prefix(self, prefix: torch.Tensor, position: str) -> None:
         if position not in ("after_media", "front"):
@@ -655,7 +656,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         self.config.prefix_length = len(prefix)
         self.config.prefix_position = position
 
-    # Forward and generation -------------------------------------------------------------------------------------------
+    # Forward and generation -----------------------------------------------------------------------------------------
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`DaliModel.get_image_tokens`]."""

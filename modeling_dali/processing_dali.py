@@ -1,8 +1,8 @@
 """
 From text with `<image>`, `<audio>` and `<prefix>` placeholders, pictures and sounds to the inputs of DALI, and back.
 
-Every placeholder in a prompt stands for one picture, one sound or the soft prefix; the processor repeats it as often as
-the model has tokens for it.
+Every placeholder in a prompt stands for one picture, one sound or the soft prefix; the processor repeats it as often
+as the model has tokens for it.
 """
 
 import math
@@ -120,8 +120,8 @@ class DaliProcessor(ProcessorMixin):
             image_processor, tokenizer: The captioner's; the tokenizer knows `<audio>` and `<prefix>` (see
                 [`DaliForConditionalGeneration.add_media_tokens`]).
             feature_extractor: The audio encoder's.
-            chat_template: The captioner's, if it is not LLaVA's v1 conversation; must render `image`, `audio`, `prefix`
-                and `text` items.
+            chat_template: The captioner's, if it is not LLaVA's v1 conversation; must render `image`, `audio`,
+                `prefix` and `text` items.
         """
         audio, vision = config.audio_config, config.vision_config
         has_class_token = vision.model_type.startswith("clip")
@@ -140,7 +140,7 @@ class DaliProcessor(ProcessorMixin):
             chat_template=chat_template,
         )
 
-    # Prompts ----------------------------------------------------------------------------------------------------------
+    # Prompts --------------------------------------------------------------------------------------------------------
 
     def caption_prompt(self, modality: str = "audio", question: str = QUESTION, prefix: bool | None = None) -> str:
         """
@@ -166,7 +166,7 @@ class DaliProcessor(ProcessorMixin):
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return self.prefix_token + prompt if prefix and self.prefix_position == "front" else prompt
 
-    # Calling ----------------------------------------------------------------------------------------------------------
+    # Calling --------------------------------------------------------------------------------------------------------
 
     def __call__(self, images=None, text=None, audio=None, suffix=None, **kwargs) -> BatchFeature:
         """
@@ -175,13 +175,13 @@ class DaliProcessor(ProcessorMixin):
             text: One prompt or several, with placeholders.
             audio: Sounds, in the order of the `<audio>` placeholders: numpy or torch arrays [samples] or [channels,
                 samples], lists of samples, paths or URLs.
-            suffix: What the model shall answer, one per prompt. Gives `labels`: -100 on prompt, media and padding, then
-                the ids of the answer and the end of the text.
+            suffix: What the model shall answer, one per prompt. Gives `labels`: -100 on prompt, media and padding,
+                then the ids of the answer and the end of the text.
             sampling_rate: Of the sounds, in Hz; one for all or one for each.
             trim_padding: Leave out audio tokens that have heard padding only, so that a clip of 2 s costs a fifth of
                 one of 10 s. Default off.
-            max_windows: A sound longer than the feature extractor's clip (10.24 s) is split into up to so many windows,
-                each with its own block of audio tokens. Default 30.
+            max_windows: A sound longer than the feature extractor's clip (10.24 s) is split into up to so many
+                windows, each with its own block of audio tokens. Default 30.
             truncation: Cut what is over `max_windows`, with a warning, in the place of raising an error. Default off.
             kwargs: For tokenizer, image processor and feature extractor, such as `return_tensors`, `padding`.
 
@@ -342,7 +342,7 @@ class DaliProcessor(ProcessorMixin):
             end += 1
         return ids[start:end] + ids[:start] + ids[end:]
 
-    # Back to text -----------------------------------------------------------------------------------------------------
+    # Back to text ---------------------------------------------------------------------------------------------------
 
     def decode_captions(self, generated: torch.Tensor, inputs: dict) -> list[str]:
         """
