@@ -1,0 +1,134 @@
+"""Maximum mean discrepancy between the audio and image tokens of each clip."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .common import Checks, chunks, compute_dtype, full_precision, joint_tokens, prepare_confidence, prepare_tokens
+
+TILE = 128  # rows of the kernel matrix worked on at a time: a tile and its powers stay in a core's cache
+
+
+def mmd(
+    audio_tokens: Tensor,
+    image_tokens: Tensor,
+    audio_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    pair_confidence: Tensor | None = None,
+) -> Tensor:
+    r"""Squared maximum mean discrepancy with five Gaussian kernels.
+
+    With K(x, y) = sum over k = -2..2 of exp(-|x - y|^2 / (b 2^k)), the loss of a pair is
+    mean K_AA - 2 mean K_AI + mean K_II. The bandwidth b is the mean squared distance over the joint sample of N
+    real tokens, sum(D) / (N^2 - N), and takes no gradient.
+
+    The five kernels are powers of one exponential (exp(-D / 4b) squared four times), only the upper triangle of the
+    joint kernel matrix is visited, tile by tile, and value and gradient come from the same visit in closed form.
+    Nothing of size N x N is kept; where image tokens need no gradient, none is computed for them. Computed in
+    float32 (float64 for float64 tokens); differentiable once.
+
+    Args:
+        audio_tokens: `[B, n, d]`, any floating type.
+        image_tokens: `[B, m, d]`.
+        audio_mask: `[B, n]` bool, True for real tokens. What stands at padding, NaN included, has no effect.
+        image_mask: `[B, m]` bool, likewise.
+        pair_confidence: `[B]`, not negative: a factor for each pair's loss.
+
+    Returns:
+        `[B]` losses, zero where both sets are the same.
+
+    Raises:
+        ValueError: For tokens that hold NaN, shapes that do not fit, or a pair without real tokens.
+
+    Source:
+        An Eye for an Ear (arXiv 2410.05997), distribution alignment by MMD.
+    """
+    checks = Checks()
+    audio_tokens, image_tokens = prepare_tokens(checks, audio_tokens, image_tokens, audio_mask, image_mask)
+    pair_confidence = prepare_confidence(checks, pair_confidence, len(audio_tokens))
+    checks.raise_if_any()
+    loss = _MMD.apply(audio_tokens, image_tokens, audio_mask, image_mask)
+    return loss if pair_confidence is None else loss * pair_confidence
+
+
+class _MMD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, audio, image, audio_mask, image_mask):
+        (batch, n, _), m = audio.shape, image.shape[1]
+        dtype = compute_dtype(audio, image)
+        needs_audio, needs_image = ctx.needs_input_grad[:2]
+        grad_rows = n + m if needs_image else n if needs_audio else 0
+        loss = audio.new_empty(batch, dtype=dtype)
+        # Gradients for a unit loss: the backward pass only scales them.
+        grad_audio = torch.empty_like(audio, dtype=dtype) if needs_audio else None
+        grad_image = torch.empty_like(image, dtype=dtype) if needs_image else None
+        with full_precision(audio.device.type):
+            for pairs in chunks(batch, (n + m) ** 2, audio.device):
+                masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
+                joint, real = joint_tokens(audio[pairs], image[pairs], *masks, dtype=dtype)
+                loss[pairs], grad = _signed_kernel_sum(joint, real, n, grad_rows)
+                if needs_audio:
+                    grad_audio[pairs] = grad[:, :n]
+                if needs_image:
+                    grad_image[pairs] = grad[:, n:]
+        ctx.save_for_backward(grad_audio, grad_image)
+        ctx.dtypes = audio.dtype, image.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = (
+            None if grad is None else (grad * grad_loss[:, None, None]).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None
+
+
+def _signed_kernel_sum(z: Tensor, real: Tensor, n: int, grad_rows: int) -> tuple[Tensor, Tensor]:
+    """MMD as one quadratic form s^T K s over the joint sample, s = 1/n for audio and -1/m for image tokens.
+
+    `z` [c, N, d] is changed in place. Returns the value [c] and its gradient for the first `grad_rows` tokens.
+    """
+    sign = real.clone()
+    sign[:, :n] /= sign[:, :n].sum(1, keepdim=True)
+    sign[:, n:] /= -sign[:, n:].sum(1, keepdim=True)
+    # z has mean zero, so the sum of all squared distances is 2 N sum |z|^2.
+    bandwidth = 2 * z.square().sum((1, 2)) / (real.sum(1) - 1)
+    root = 2 * torch.where(bandwidth > 0, bandwidth, 1).sqrt()[:, None, None]
+    z /= root  # |z_i - z_j|^2 is now D / 4b
+    half = z.square().sum(2)
+    signed_z = z * sign[..., None] if grad_rows else None
+
+    value = z.new_zeros(len(z), dtype=torch.float64)
+    slope_sum = z.new_zeros(len(z), grad_rows)  # sum_j s_j K'_ij, up to its minus sign
+    pull = z.new_zeros(len(z), grad_rows, z.shape[2])  # sum_j s_j K'_ij z_j
+    total = z.shape[1]
+    starts = [*range(0, n, TILE), *range(n, total, TILE)]
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        size = end - start
+        # columns from the tile's own first row on: the rest is known by symmetry
+        kernel = torch.baddbmm(half[:, None, start:], z[:, start:end], z[:, start:].transpose(1, 2), beta=-1, alpha=2)
+        kernel.sub_(half[:, start:end, None]).clamp_(-80, 0)  # exp is slow where it underflows
+        kernel.diagonal(dim1=1, dim2=2).zero_()
+        kernel.exp_()
+        kernel_sum, slope = kernel.clone(), kernel.clone()
+        for power in (2, 4, 8, 16):
+            kernel.mul_(kernel)
+            kernel_sum.add_(kernel)
+            if start < grad_rows:
+                slope.add_(kernel, alpha=power)
+
+        columns = torch.bmm(sign[:, None, start:end], kernel_sum)[:, 0].double()
+        columns[:, size:] *= 2
+        value += (columns * sign[:, start:]).sum(1)
+        if start < grad_rows:
+            slope_sum[:, start:end] += torch.linalg.vecdot(slope, sign[:, None, start:])
+            pull[:, start:end].baddbmm_(slope, signed_z[:, start:])
+        if end < grad_rows:
+            beyond = slope[:, :, size : grad_rows - start]
+            slope_sum[:, end:] += torch.bmm(sign[:, None, start:end], beyond)[:, 0]
+            pull[:, end:].baddbmm_(beyond.transpose(1, 2), signed_z[:, start:end])
+
+    grad = pull.sub_(slope_sum[..., None] * z[:, :grad_rows]).mul_(4 * sign[:, :grad_rows, None] / root)
+    return value.to(z.dtype), grad
