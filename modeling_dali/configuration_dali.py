@@ -103,6 +103,7 @@ class DaliConfig(LlavaConfig):
         prefix_length: Number of soft prefix tokens the model holds; 0 for none.
         prefix_position: Where prompts put the prefix: `"after_media"` (right behind the image and audio tokens, as the
             method was published) or `"front"` (before everything else, as PEFT's prompt tuning does).
+        base_model: Folder or Hub id of the LLaVA checkpoint the model was built from.
 
     All other arguments are those of [`~transformers.LlavaConfig`].
     """
@@ -124,6 +125,7 @@ class DaliConfig(LlavaConfig):
     prefix_token_index: int = 32003
     prefix_length: int = 0
     prefix_position: Literal["after_media", "front"] = "after_media"
+    base_model: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

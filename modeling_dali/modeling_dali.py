@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
 from transformers import initialization as init
@@ -32,13 +34,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs, is_peft_available
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoint_dali import read_audio_backbone
 from .configuration_dali import DaliAudioConfig, DaliConfig, audio_width
+from .model_card_dali import model_card
 
-logger = logging.get_logger(__name__)
+if is_peft_available():
+    from peft import PeftConfig, PromptTuningConfig, TaskType, load_peft_weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,6 +538,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         fields = {field.name: getattr(llava.config, field.name) for field in dataclasses.fields(llava.config)}
         fields |= {"architectures": None, "transformers_version": None, "audio_config": audio_config}
         fields |= {"audio_token_index": vocabulary, "prefix_token_index": vocabulary + 1}
+        fields |= {"base_model": llava.name_or_path or None}
         config = DaliConfig(**fields)
 
         with torch.device("meta"):
@@ -560,14 +566,51 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             model.add_media_tokens(tokenizer)
         return model.train(llava.training)
 
-    def load_audio_encoder(self, path: str | os.PathLike) -> None:
-        """Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this model."""
-        from .convert_original import read_audio_backbone
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Saves weights, configuration, generation configuration, the code that loads them (see `auto_map` in the
+        configuration) and, unless the folder has one, a model card. The processor is saved by its own
+        `save_pretrained`.
 
-        encoder, projection = read_audio_backbone(path, self.config.audio_config, self.model.audio_projection)
+        All arguments are those of [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        this = "modeling_dali.DaliForConditionalGeneration"
+        auto_classes = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+        self.config.auto_map = {"AutoConfig": "configuration_dali.DaliConfig"} | dict.fromkeys(auto_classes, this)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if kwargs.get("is_main_process", True) and not card.exists():
+            model_card(self.config, Path(save_directory).name).save(card)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
+    ) -> str:
+        """
+        Uploads what `save_pretrained` writes. A repository without a model card gets DALI's.
+
+        All arguments are those of [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repo_id, "README.md"):
+            model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
+
+    def load_audio_encoder(self, path: str | os.PathLike) -> dict[str, int]:
+        """
+        Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this model.
+
+        Returns:
+            How many of the file's tensors were not needed, by group.
+
+        Raises:
+            ValueError: lists every tensor that the file lacks or has in another shape.
+        """
+        encoder, projection, unneeded = read_audio_backbone(path, self.model.audio_tower, self.model.audio_projection)
         self.model.audio_tower.load_state_dict(encoder)
         if projection is not None:
             self.model.audio_projection.load_state_dict(projection)
+        return unneeded
 
     def add_media_tokens(self, tokenizer) -> None:
         """
@@ -599,7 +642,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             length: Number of soft tokens.
             position: `"after_media"` or `"front"` (see [`DaliConfig`]).
         """
-        self._set_prefix(torch.randn(length, self.config.text_config.hidden_size) * 1e-2, position)
+        self.set_prefix(torch.randn(length, self.config.text_config.hidden_size) * 1e-2, position)
 
     def remove_prefix(self) -> None:
         """Takes the soft prefix tokens off; prompts without `<prefix>` give what they gave before."""
@@ -617,8 +660,6 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         Raises:
             ValueError: if the adapter is not prompt tuning, or its tokens have another width than the language model.
         """
-        from peft import PeftConfig, load_peft_weights
-
         adapter = PeftConfig.from_pretrained(str(path))
         if adapter.peft_type != "PROMPT_TUNING":
             raise ValueError(f"{path} holds a {adapter.peft_type} adapter, a PROMPT_TUNING one is needed.")
@@ -626,13 +667,10 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         width = self.config.text_config.hidden_size
         if prefix.shape[-1] != width:
             raise ValueError(f"The prefix in {path} is {prefix.shape[-1]} wide, the language model {width}.")
-        self._set_prefix(prefix, position or self.config.prefix_position)
+        self.set_prefix(prefix, position or self.config.prefix_position)
 
     def save_prefix(self, path: str | os.PathLike) -> None:
         """Saves the soft prefix tokens as a PEFT prompt-tuning adapter, which `load_prefix` and peft load."""
-        from peft import PromptTuningConfig, TaskType
-        from safetensors.torch import save_file
-
         if self.model.prefix is None:
             raise ValueError("The model holds no prefix to save.")
         text = self.config.text_config
@@ -649,7 +687,8 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         weights = {"prompt_embeddings": self.model.prefix.detach().cpu().contiguous()}
         save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    def _set_prefix(self, prefix: torch.Tensor, position: str) -> None:
+    def set_prefix(self, prefix: torch.Tensor, position: str = "after_media") -> None:
+        """Gives the model the soft prefix tokens `prefix` [length, hidden size], standing at `position`."""
         if position not in ("after_media", "front"):
             raise ValueError(f"A prefix stands `after_media` or in `front`, not at `{position}`.")
         self.model.prefix = nn.Parameter(prefix.to(self.device, self.dtype).clone())

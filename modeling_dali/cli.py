@@ -1,0 +1,177 @@
+"""
+The command line: `dali caption FILE... --model DIR_OR_ID`.
+
+Writes one line per window of sound, with its start time. A file that cannot be read is reported and the others go on;
+the exit code is 1 then, 0 if all went well, 2 if nothing could be started.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from .audio_io import UnreadableFileError, load_audio, load_middle_frame
+from .modeling_dali import DaliForConditionalGeneration
+from .processing_dali import DaliProcessor
+
+
+@dataclass
+class Window:
+    """A stretch of sound to caption: mono samples at the model's rate, and the picture that goes with it."""
+
+    file: str
+    start: float  # seconds
+    end: float
+    samples: torch.Tensor
+    image: Image.Image | None
+
+
+@dataclass
+class Failure:
+    """A file that could not be read, and why."""
+
+    file: str
+    reason: str
+
+
+def read_windows(file: str, processor: DaliProcessor, image: Image.Image | None, with_video: bool) -> list[Window]:
+    """
+    All windows of a file, in order.
+
+    Raises:
+        ValueError: if its sound, or with `with_video` its picture, cannot be read.
+    """
+    if with_video:
+        image = load_middle_frame(file)
+    waveform, rate = load_audio(file)
+    windows, _ = processor.split_windows([waveform], rate, max_windows=sys.maxsize)
+    out_rate = processor.feature_extractor.sampling_rate
+    result, start = [], 0
+    for samples in windows:
+        result.append(Window(file, start / out_rate, (start + len(samples)) / out_rate, samples, image))
+        start += len(samples)
+    return result
+
+
+def caption(model: DaliForConditionalGeneration, processor: DaliProcessor, windows: list[Window]) -> list[str]:
+    """The captions of windows, which all have a picture or all have none, in one batch."""
+    images = [window.image for window in windows if window.image is not None]
+    prompt = processor.caption_prompt("audio_image" if images else "audio")
+    inputs = processor(
+        text=[prompt] * len(windows),
+        audio=[window.samples for window in windows],
+        images=images or None,
+        sampling_rate=processor.feature_extractor.sampling_rate,
+        return_tensors="pt",
+    ).to(model.device)
+    return processor.decode_captions(model.generate(**inputs), inputs)
+
+
+def caption_files(
+    files: Iterable[str], model, processor, image=None, with_video: bool = False, batch_size: int = 8
+) -> Iterator[tuple[Window, str] | Failure]:
+    """
+    Captions files, window by window and batch by batch; only one batch and one file are in memory at a time.
+
+    Args:
+        files: Sound or video files.
+        model, processor: As loaded.
+        image: A picture that goes with every file.
+        with_video: Take each file's own middle frame as its picture.
+        batch_size: Windows that are captioned together; they may come from several files.
+
+    Yields:
+        Each window with its caption, and each file that failed, in the order of the files.
+    """
+
+    def read() -> Iterator[Window | Failure]:
+        for file in files:
+            try:
+                yield from read_windows(file, processor, image, with_video)
+            except ValueError as error:
+                yield Failure(file, str(error))
+
+    items = read()
+    while batch := list(islice(items, batch_size)):
+        windows = [item for item in batch if isinstance(item, Window)]
+        captions = iter(caption(model, processor, windows) if windows else [])
+        for item in batch:
+            yield (item, next(captions)) if isinstance(item, Window) else item
+
+
+def run_caption(given: argparse.Namespace) -> int:
+    """`dali caption`."""
+    try:
+        image = None if given.image is None else Image.open(given.image).convert("RGB")
+        processor = DaliProcessor.from_pretrained(given.model)
+        model = DaliForConditionalGeneration.from_pretrained(given.model, dtype="auto").to(given.device).eval()
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        print(f"dali caption: cannot start: {error}", file=sys.stderr)
+        return 2
+    if given.max_new_tokens is not None:
+        model.generation_config.max_new_tokens = given.max_new_tokens
+    failed, done = 0, set()
+    # The bar shows on a terminal only.
+    with tqdm(total=len(given.files), unit="file", disable=None) as bar:
+        results = caption_files(given.files, model, processor, image, given.with_video, given.batch_size)
+        for result in results:
+            if isinstance(result, Failure):
+                failed += 1
+                file, line = result.file, {"file": result.file, "error": result.reason}
+                bar.write(f"dali caption: {result.reason}", file=sys.stderr)
+            else:
+                window, text = result
+                file = window.file
+                line = {"file": file, "start": round(window.start, 3), "end": round(window.end, 3), "caption": text}
+                if not given.json:
+                    bar.write(f"{file}  {window.start:7.2f} s  {text}", file=sys.stdout)
+            if given.json:
+                bar.write(json.dumps(line, ensure_ascii=False), file=sys.stdout)
+            if file not in done:
+                done.add(file)
+                bar.update()
+    if failed:
+        print(f"dali caption: {failed} of {len(given.files)} files could not be captioned.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, not {value}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    parser = argparse.ArgumentParser(prog="dali", description="Captions for sound.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("caption", help="caption sound and video files")
+    command.add_argument("files", nargs="+", metavar="FILE", help="wav, flac, ogg, mp3, m4a, mp4, webm, ...")
+    command.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a DALI model: folder or Hub id")
+    picture = command.add_mutually_exclusive_group()
+    picture.add_argument("--image", metavar="FILE", help="a picture of the scene, used with every file")
+    picture.add_argument("--with-video", action="store_true", help="use the middle frame of each (video) file")
+    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="windows at a time (default 8)")
+    command.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest caption (default: the model's)")
+    command.add_argument("--json", action="store_true", help="write JSON lines")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=run_caption)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    given = build_parser().parse_args(arguments)
+    return given.run(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
