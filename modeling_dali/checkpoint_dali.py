@@ -10,6 +10,7 @@ from collections import Counter
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 PROJECTOR_KEYS = {"0": "linear_1", "2": "linear_2"}
 
@@ -92,7 +93,7 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def read_audio_backbone(
-    path: str | os.PathLike, audio_tower: nn.Module, audio_projection: nn.Module
+    path: str | os.PathLike, audio_tower: PreTrainedModel, audio_projection: nn.Module
 ) -> tuple[dict, dict | None, Counter]:
     """
     Reads a DALI or CAV-MAE checkpoint.

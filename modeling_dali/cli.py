@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .audio_io import UnreadableFileError, load_audio, load_middle_frame
+from .audio_io import load_audio, load_middle_frame
 from .modeling_dali import DaliForConditionalGeneration
 from .processing_dali import DaliProcessor
 
@@ -123,7 +123,8 @@ def run_caption(given: argparse.Namespace) -> int:
         for result in results:
             if isinstance(result, Failure):
                 failed += 1
-                file, line = result.file, {"file": result.file, "error": result.reason}
+                file = result.file
+                line: dict[str, object] = {"file": file, "error": result.reason}
                 bar.write(f"dali caption: {result.reason}", file=sys.stderr)
             else:
                 window, text = result

@@ -1,10 +1,12 @@
 """Configurations of DALI: the CAV-MAE audio encoder, and a LLaVA configuration with an audio side."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+PrefixPosition = Literal["after_media", "front"]
 
 
 @strict
@@ -119,12 +121,12 @@ class DaliConfig(LlavaConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="dali_audio"),
     }
 
-    audio_config: dict | PreTrainedConfig | None = None
+    audio_config: Any = None  # a configuration or its dictionary
     audio_token_index: int = 32002
     audio_seq_length: int | None = None
     prefix_token_index: int = 32003
     prefix_length: int = 0
-    prefix_position: Literal["after_media", "front"] = "after_media"
+    prefix_position: PrefixPosition = "after_media"
     base_model: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -139,4 +141,4 @@ class DaliConfig(LlavaConfig):
 AutoConfig.register("dali_audio", DaliAudioConfig, exist_ok=True)
 DaliConfig.register_for_auto_class()
 
-__all__ = ["DaliAudioConfig", "DaliConfig", "audio_width", "count_audio_tokens"]
+__all__ = ["DaliAudioConfig", "DaliConfig", "PrefixPosition", "audio_width", "count_audio_tokens"]

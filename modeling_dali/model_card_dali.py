@@ -9,9 +9,9 @@ CARD = """---
 # DALI: {title}
 
 This model writes captions for sound. It is a LLaVA image captioner with an audio encoder whose tokens were aligned
-with the image tokens of video frames, so that the language model can read both; no audio was paired with text (*An Eye
-for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using Audiovisual Distribution Alignment*, NeurIPS
-2024, [arXiv 2410.05997](https://arxiv.org/abs/2410.05997)).
+with the image tokens of video frames, so that the language model can read both; no audio was paired with text
+([*An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using Audiovisual Distribution
+Alignment*](https://arxiv.org/abs/2410.05997), NeurIPS 2024).
 
 | part | value |
 |---|---|

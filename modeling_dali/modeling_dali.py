@@ -19,8 +19,10 @@ Alignment*, NeurIPS 2024, arXiv 2410.05997.
 import copy
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import HfApi
@@ -39,7 +41,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint_dali import read_audio_backbone
-from .configuration_dali import DaliAudioConfig, DaliConfig, audio_width
+from .configuration_dali import DaliAudioConfig, DaliConfig, PrefixPosition, audio_width
 from .model_card_dali import model_card
 
 if is_peft_available():
@@ -361,7 +363,7 @@ class DaliModel(LlavaModel):
             return inputs_embeds
         return inputs_embeds.masked_scatter(mask[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
 
-    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_text(self, input_ids) -> torch.Tensor:
         """Word embeddings [B, length, hidden size]; placeholders may lie outside the vocabulary."""
         embeddings = self.get_input_embeddings()
         for token_id in (self.config.audio_token_index, self.config.prefix_token_index):
@@ -582,9 +584,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         if kwargs.get("is_main_process", True) and not card.exists():
             model_card(self.config, Path(save_directory).name).save(card)
 
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> str:
         """
         Uploads what `save_pretrained` writes. A repository without a model card gets DALI's.
 
@@ -596,7 +596,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
 
-    def load_audio_encoder(self, path: str | os.PathLike) -> dict[str, int]:
+    def load_audio_encoder(self, path: str | os.PathLike) -> Counter:
         """
         Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this model.
 
@@ -634,7 +634,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
 
     # The prefix -----------------------------------------------------------------------------------------------------
 
-    def add_prefix(self, length: int = 16, position: str = "after_media") -> None:
+    def add_prefix(self, length: int = 16, position: PrefixPosition = "after_media") -> None:
         """
         Gives the model new soft prefix tokens, N(0, 1e-4).
 
@@ -649,7 +649,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.prefix = None
         self.config.prefix_length = 0
 
-    def load_prefix(self, path: str | os.PathLike, position: str | None = None) -> None:
+    def load_prefix(self, path: str | os.PathLike, position: PrefixPosition | None = None) -> None:
         """
         Loads soft prefix tokens from a PEFT prompt-tuning adapter.
 
@@ -687,9 +687,9 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         weights = {"prompt_embeddings": self.model.prefix.detach().cpu().contiguous()}
         save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    def set_prefix(self, prefix: torch.Tensor, position: str = "after_media") -> None:
+    def set_prefix(self, prefix: torch.Tensor, position: PrefixPosition = "after_media") -> None:
         """Gives the model the soft prefix tokens `prefix` [length, hidden size], standing at `position`."""
-        if position not in ("after_media", "front"):
+        if position not in get_args(PrefixPosition):
             raise ValueError(f"A prefix stands `after_media` or in `front`, not at `{position}`.")
         self.model.prefix = nn.Parameter(prefix.to(self.device, self.dtype).clone())
         self.config.prefix_length = len(prefix)

@@ -15,6 +15,8 @@ from transformers.image_utils import get_image_size, to_numpy_array
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs
 from transformers.utils import logging
 
+from .feature_extraction_dali import prepare_clips
+
 logger = logging.get_logger(__name__)
 
 QUESTION = "Describe the sound that can be heard in this scene."  # the released prefix was trained with it
@@ -37,7 +39,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class DaliAudioKwargs(AudioKwargs, total=False):
+class DaliAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
     """What calls may say about sound."""
 
     trim_padding: bool
@@ -45,7 +47,7 @@ class DaliAudioKwargs(AudioKwargs, total=False):
     truncation: bool
 
 
-class DaliProcessorKwargs(ProcessingKwargs, total=False):
+class DaliProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """What calls may say."""
 
     audio_kwargs: DaliAudioKwargs
@@ -254,15 +256,16 @@ class DaliProcessor(ProcessorMixin):
         trim = kwargs.pop("trim_padding")
         max_windows = kwargs.pop("max_windows")
         truncation = kwargs.pop("truncation")
-        rate = kwargs.pop("sampling_rate", None)
-        if trim and self.audio_grid is None:
-            raise ValueError("`trim_padding` needs audio tokens that are patches in time; this encoder's are not.")
-        windows, counts = self.split_windows(audio, rate, max_windows, truncation)
+        windows, counts = self.split_windows(audio, kwargs.get("sampling_rate"), max_windows, truncation)
         extractor = self.feature_extractor
-        features = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        features = extractor(
+            [window.numpy() for window in windows], sampling_rate=extractor.sampling_rate, return_tensors="pt"
+        )
         inputs = {"input_features": features[extractor.model_input_names[0]]}
         tokens = torch.full((len(windows),), self.audio_seq_length)
         if trim:
+            if self.audio_grid is None:
+                raise ValueError("`trim_padding` needs audio tokens that are patches in time; this encoder's are not.")
             rows, columns = self.audio_grid
             inputs["input_features_mask"] = features["input_features_mask"]
             tokens = rows * inputs["input_features_mask"].view(len(windows), columns, -1).any(-1).sum(-1)
@@ -270,31 +273,32 @@ class DaliProcessor(ProcessorMixin):
         return inputs, blocks
 
     def split_windows(
-        self, audio: list, sampling_rate=None, max_windows: int = 30, truncation: bool = False
-    ) -> tuple[list, list[int]]:
+        self,
+        audio: list,
+        sampling_rate: int | Sequence[int] | None = None,
+        max_windows: int = 30,
+        truncation: bool = False,
+    ) -> tuple[list[torch.Tensor], list[int]]:
         """
         Splits sounds into clips of the feature extractor's length.
 
         Returns:
-            All windows, mono at the extractor's rate, and the number of windows of each sound. A rest shorter than one
-            frame stays with the window before it.
+            All windows [samples], mono at the extractor's rate, and the number of windows of each sound. A rest that is
+            shorter than one frame stays with the window before it.
 
         Raises:
-            ValueError: if a sound has more than `max_windows` windows and `truncation` is off.
+            ValueError: if a sound cannot be used, or has more than `max_windows` windows and `truncation` is off.
         """
-        extractor = self.feature_extractor
-        if not hasattr(extractor, "prepare_clips"):  # another encoder's feature extractor cuts or pads by itself
-            return audio, [1] * len(audio)
+        rate, length = self.feature_extractor.sampling_rate, window_samples(self.feature_extractor)
+        shortest = getattr(self.feature_extractor, "frame_samples", 1)
         windows, counts = [], []
-        for index, samples in enumerate(extractor.prepare_clips(audio, sampling_rate)):
-            length = extractor.window_samples
-            count = max(1, math.ceil((len(samples) - extractor.frame_samples + 1) / length))
+        for index, samples in enumerate(prepare_clips(audio, sampling_rate, rate)):
+            count = max(1, math.ceil((len(samples) - shortest + 1) / length))
             if count > max_windows:
-                limit = max_windows * length / extractor.sampling_rate
                 message = (
-                    f"Sound {index} is {len(samples) / extractor.sampling_rate:.1f} s long, over the {limit:.1f} s "
+                    f"Sound {index} is {len(samples) / rate:.1f} s long, over the {max_windows * length / rate:.1f} s "
+                    f"of {max_windows} windows"
                 )
-                message += f"of {max_windows} windows"
                 if not truncation:
                     raise ValueError(f"{message}: raise `max_windows`, or pass `truncation=True` to cut it.")
                 logger.warning(f"{message}: what is over is cut.")
@@ -359,6 +363,21 @@ class DaliProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of what the processor can return."""
         return ["input_ids", "attention_mask", "pixel_values", "input_features", "input_features_mask"]
+
+
+def window_samples(extractor) -> int:
+    """
+    Samples that one clip of a feature extractor holds.
+
+    Raises:
+        ValueError: for a feature extractor that is not known here.
+    """
+    for name in ("window_samples", "n_samples", "nb_max_samples"):  # DALI's, Whisper's, CLAP's
+        if hasattr(extractor, name):
+            return getattr(extractor, name)
+    if hasattr(extractor, "num_mel_bins") and hasattr(extractor, "max_length"):  # AST's: frames of 10 ms
+        return extractor.max_length * extractor.sampling_rate // 100
+    raise ValueError(f"The length of a clip of {type(extractor).__name__} is not known.")
 
 
 DaliProcessor.register_for_auto_class("AutoProcessor")
