@@ -144,20 +144,29 @@ def _draw_car(pen: Pen, colour: Colour) -> None:
 
 
 def _draw_cloud(pen: Pen, colour: Colour) -> None:
-    for x, y, size in ((-0.5, -0.35, 0.42), (0.5, -0.35, 0.42), (0, -0.55, 0.45)):
-        pen.ellipse(x, y, size, size * 0.9, colour)
-    pen.rectangle(-0.5, -0.4, 0.5, 0.02, colour)
-    for x, y in ((-0.7, 0.2), (-0.25, 0.2), (0.2, 0.2), (0.65, 0.2), (-0.5, 0.62), (-0.05, 0.62), (0.4, 0.62)):
-        pen.line((x, y), (x - 0.12, y + 0.3), width=0.11, fill=(50, 110, 230))
+    for x, y, size in ((-0.55, -0.35, 0.42), (0.55, -0.35, 0.42), (0, -0.5, 0.48)):
+        pen.ellipse(x, y, size, size, colour)
+    pen.rectangle(-0.55, -0.4, 0.55, 0.06, colour)
+    for x, y in (
+        (-0.65, 0.2),
+        (-0.15, 0.2),
+        (0.35, 0.2),
+        (0.85, 0.2),
+        (-0.8, 0.62),
+        (-0.3, 0.62),
+        (0.2, 0.62),
+        (0.7, 0.62),
+    ):
+        pen.line((x, y), (x - 0.12, y + 0.32), width=0.16, fill=(30, 90, 240))
 
 
 def _draw_clock(pen: Pen, colour: Colour) -> None:
-    pen.ellipse(0, 0, 0.95, 0.95, colour)
-    pen.ellipse(0, 0, 0.76, 0.76, WHITE)
-    for x, y in ((0, -0.62), (0.62, 0), (0, 0.62), (-0.62, 0)):
-        pen.ellipse(x, y, 0.08, 0.08, BLACK)
-    pen.line((0, 0), (0, -0.5), width=0.12, fill=BLACK)
-    pen.line((0, 0), (0.4, 0.2), width=0.14, fill=BLACK)
+    pen.ellipse(0, 0, 0.98, 0.98, colour)
+    pen.ellipse(0, 0, 0.74, 0.74, (255, 250, 205))
+    for x, y in ((0, -0.58), (0.58, 0), (0, 0.58), (-0.58, 0)):
+        pen.ellipse(x, y, 0.1, 0.1, colour)
+    pen.line((0, 0.1), (0, -0.5), width=0.16, fill=(215, 30, 40))
+    pen.line((-0.1, -0.05), (0.42, 0.2), width=0.16, fill=(215, 30, 40))
 
 
 def _draw_drum(pen: Pen, colour: Colour) -> None:
@@ -182,11 +191,11 @@ def _draw_bird(pen: Pen, colour: Colour) -> None:
 
 
 def _draw_whistle(pen: Pen, colour: Colour) -> None:
-    pen.rectangle(-0.3, -0.45, 0.98, 0.0, colour)
-    pen.ellipse(-0.3, 0.15, 0.62, 0.6, colour)
-    pen.ellipse(-0.3, 0.15, 0.3, 0.3, _shade(colour, 0.45))
-    pen.ellipse(-0.25, 0.2, 0.14, 0.14, (250, 160, 60))
-    pen.rectangle(0.1, -0.47, 0.35, -0.25, BLACK)
+    pen.rectangle(-0.3, -0.65, 0.98, -0.05, colour)
+    pen.ellipse(-0.25, 0.15, 0.72, 0.75, colour)
+    pen.ellipse(-0.25, 0.15, 0.4, 0.42, _shade(colour, 0.35))
+    pen.ellipse(-0.2, 0.25, 0.2, 0.2, (250, 120, 40))
+    pen.rectangle(0.15, -0.67, 0.45, -0.4, BLACK)
 
 
 def _draw_bee(pen: Pen, colour: Colour) -> None:
@@ -427,8 +436,8 @@ def _sound_rain(rng: np.random.Generator, voice: Voice, length: int) -> np.ndarr
 
 def _sound_clock(rng: np.random.Generator, voice: Voice, length: int) -> np.ndarray:
     def tick(count: int) -> np.ndarray:
-        size, frequency = _samples(0.08), 2400 * voice.pitch * (1.0 if count % 2 else 0.75)
-        return _tone(frequency, size, _overtones(3, 1.0, voice.timbre)) * _decay(size, 0.02, attack=0.0005)
+        size, frequency = _samples(0.12), 2100 * voice.pitch * (1.0 if count % 2 else 0.7)
+        return _tone(frequency, size, _overtones(3, 1.0, voice.timbre)) * _decay(size, 0.04, attack=0.0005)
 
     return _repeat(rng, length, tick, (0.27 / voice.rate,))
 
@@ -443,13 +452,13 @@ def _sound_drum(rng: np.random.Generator, voice: Voice, length: int) -> np.ndarr
 
 def _sound_bird(rng: np.random.Generator, voice: Voice, length: int) -> np.ndarray:
     def chirp(_: int) -> np.ndarray:
-        size = _samples(rng.uniform(0.06, 0.1))
+        size = _samples(rng.uniform(0.1, 0.15))
         top, bottom = rng.uniform(4200, 5200), rng.uniform(2700, 3300)
         sweep = np.linspace(top, bottom, size) * voice.pitch
         return _tone(sweep, size, _overtones(2, 2.2, voice.timbre)) * _swell(size)
 
-    gap = 0.14 / voice.rate
-    return _repeat(rng, length, chirp, (gap, gap, gap, 4 * gap))
+    gap = 0.17 / voice.rate
+    return _repeat(rng, length, chirp, (gap, gap, gap, 2.5 * gap))
 
 
 def _sound_whistle(rng: np.random.Generator, voice: Voice, length: int) -> np.ndarray:
@@ -595,15 +604,15 @@ SOUNDING = (
     Thing("engine", "a car", "an engine", (("runs", "is running"), ("rumbles", "is rumbling")),
           (0.58, 0.75, 0.8), _draw_car, _sound_engine),
     Thing("rain", "a cloud", "rain", (("falls", "is falling"), ("patters", "is pattering")),
-          (0.62, 0.12, 0.6), _draw_cloud, _sound_rain),
+          (0.66, 0.25, 0.4), _draw_cloud, _sound_rain),
     Thing("clock", "a clock", "a clock", (("ticks", "is ticking"),),
-          (0.05, 0.7, 0.5), _draw_clock, _sound_clock),
+          (0.64, 0.8, 0.35), _draw_clock, _sound_clock),
     Thing("drum", "a drum", "a drum", (("beats", "is beating"), ("pounds", "is pounding")),
           (0.97, 0.7, 0.6), _draw_drum, _sound_drum),
     Thing("bird", "a bird", "a bird", (("sings", "is singing"), ("chirps", "is chirping")),
-          (0.52, 0.7, 0.8), _draw_bird, _sound_bird),
+          (0.92, 0.45, 0.95), _draw_bird, _sound_bird),
     Thing("whistle", "a whistle", "a whistle", (("blows", "is blowing"), ("trills", "is trilling")),
-          (0.55, 0.15, 0.85), _draw_whistle, _sound_whistle),
+          (0.44, 0.85, 0.8), _draw_whistle, _sound_whistle),
     Thing("bee", "a bee", "a bee", (("buzzes", "is buzzing"), ("hums", "is humming")),
           (0.14, 0.85, 0.95), _draw_bee, _sound_bee),
     Thing("telephone", "a telephone", "a telephone", (("rings", "is ringing"),),
@@ -632,9 +641,9 @@ WIND = Thing("wind", heard="the wind", verbs=(("blows", "is blowing"), ("howls",
 THINGS = {thing.name: thing for thing in (*SOUNDING, *SILENT, WIND)}
 LABELS = tuple(thing.name for thing in (*SOUNDING, WIND))
 
-# Every thing is in exactly two of these pairs, so none is rarer than another in training.
+# Every thing is in exactly one of these pairs, so none is rarer than another in training.
 HELD_OUT_PAIRS = frozenset(
-    frozenset((thing.name, SOUNDING[(index + 5) % len(SOUNDING)].name)) for index, thing in enumerate(SOUNDING)
+    frozenset((thing.name, SOUNDING[(index + 8) % len(SOUNDING)].name)) for index, thing in enumerate(SOUNDING)
 )
 
 
@@ -784,13 +793,14 @@ class Scene:
         for thing in self.heard:
             onset = int(rng.uniform(0, 0.2) * length)
             wave = thing.sound(rng, _voice(rng, self.variant), length - onset)
-            # The level where there is sound, so that a ticking clock is not made as loud on average as the rain.
+            # Between the average level and the level where there is sound: a clock ticks louder than the rain falls,
+            # but not so loud that it is as loud on average.
             power = wave * wave
-            level = np.sqrt((power * power).sum() / power.sum())
+            level = (power * power).mean() ** 0.25
             fade = np.minimum(np.arange(len(wave)) / (0.01 * SAMPLE_RATE), 1)
-            mixture[onset:] += _decibels(rng.uniform(-6, 0)) / level * wave * fade
+            mixture[onset:] += _decibels(rng.uniform(-5, 0)) / level * wave * fade
         noise = _noise(rng, length, 2 ** rng.uniform(7, 12.5), 2.5)
-        signal_to_noise = rng.uniform(-3, 5) if self.variant == "loud_noise" else rng.uniform(10, 40)
+        signal_to_noise = rng.uniform(0, 8) if self.variant == "loud_noise" else rng.uniform(14, 40)
         mixture += _decibels(-signal_to_noise) / noise.std() * noise
         return mixture * np.float32(rng.uniform(0.2, 0.95) / np.abs(mixture).max())
 
