@@ -1,0 +1,225 @@
+"""Clips for VIP-ANT's trainers: rows with sound, pictures and captions become tensors, one example at a time.
+
+Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `frames`, `caption` or `captions`, `labels`.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from modeling_dali.audio_io import load_audio
+
+logger = logging.get_logger(__name__)
+
+
+class TooManyUnreadableError(RuntimeError):
+    """More clips than allowed could not be read."""
+
+
+def load_rows(source: str, split: str | None = None) -> datasets.Dataset:
+    """Opens a data set by name or path.
+
+    Args:
+        source: A folder saved by `datasets`, a folder or file of parquet, JSON lines or CSV, or a name on the Hub.
+        split: Of the data set, where it has several.
+
+    Returns:
+        The rows; sounds and pictures are not decoded yet.
+
+    Raises:
+        ValueError: If `split` does not name one of several splits.
+    """
+    path = Path(source)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        rows = datasets.load_from_disk(source)
+        rows = rows[split] if isinstance(rows, datasets.DatasetDict) and split in rows else rows
+    elif path.is_file():
+        kind = {"jsonl": "json"}.get(path.suffix[1:], path.suffix[1:])
+        rows = datasets.load_dataset(kind, data_files=source, split="train")
+    else:
+        rows = datasets.load_dataset(source, split=split)
+    if isinstance(rows, dict):
+        raise ValueError(f"{source} has the splits {', '.join(rows)}; name one of them, not {split!r}")
+    return rows
+
+
+def read_audio(value) -> tuple[np.ndarray, int]:
+    """Waveform `[channels, samples]` and sampling rate of a row's `audio`: a path, bytes or a `datasets.Audio` dict."""
+    if isinstance(value, dict) and value.get("array") is not None:
+        return np.atleast_2d(np.asarray(value["array"], dtype=np.float32)), value["sampling_rate"]
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return load_audio(io.BytesIO(value) if isinstance(value, bytes) else value)
+
+
+def read_image(value) -> Image.Image:
+    """Picture of a row's `image` or of one of its `frames`: a PIL image, a path, bytes or a `datasets.Image` dict."""
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).convert("RGB")
+
+
+def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same rows with sounds and pictures as paths and bytes, so that only what is used is decoded."""
+    undecoded_features = {
+        "audio": datasets.Audio(decode=False),
+        "image": datasets.Image(decode=False),
+        "frames": datasets.List(datasets.Image(decode=False)),
+    }
+    for name, feature in undecoded_features.items():
+        old = rows.features.get(name)
+        if isinstance(old, (datasets.Audio, datasets.Image)) or isinstance(
+            getattr(old, "feature", None), datasets.Image
+        ):
+            rows = rows.cast_column(name, feature)
+    return rows
+
+
+def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int, fill: float) -> torch.Tensor:
+    """Covers one band of mel bins and one stretch of frames.
+
+    Args:
+        features: `[frames, bins]`.
+        frequency_mask: Largest width of the band in bins; the width is uniform in `[0, frequency_mask]`.
+        time_mask: Largest length of the stretch in frames, likewise.
+        fill: Value of what is covered.
+
+    Returns:
+        A new tensor.
+
+    Source: Park et al., arXiv 1904.08779; widths from VIP-ANT (32 bins, 200 frames).
+    """
+    features = features.clone()
+    for dimension, largest in ((1, frequency_mask), (0, time_mask)):
+        size = features.shape[dimension]
+        width = int(torch.randint(min(largest, size) + 1, ()))
+        start = int(torch.randint(size - width + 1, ()))
+        features.narrow(dimension, start, width).fill_(fill)
+    return features
+
+
+def pick(values: Sequence, training: bool):
+    """A random value in training, else the middle one."""
+    if len(values) == 0:
+        raise ValueError("nothing to pick from: an empty list of frames or captions")
+    return values[int(torch.randint(len(values), ()))] if training else values[len(values) // 2]
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Rows as tensors. A clip that cannot be read is logged, counted and replaced by the next one.
+
+    Args:
+        rows: The data set.
+        processor: A `VipAntProcessor`.
+        modalities: Which of "audio", "image", "text" an example holds.
+        training: Whether frame and caption are random and the spectrogram is masked; else the middle frame and
+            caption are taken and nothing is masked.
+        frequency_mask: See `spec_augment`.
+        time_mask: See `spec_augment`.
+        max_unreadable: Largest tolerated share of unreadable clips among those read so far (at least a hundred);
+            beyond it `TooManyUnreadableError` is raised.
+        encode_labels: Turns a row's `labels` into a tensor, for tagging.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+
+    COLUMNS = {"audio": ("audio",), "image": ("image", "frames"), "text": ("caption", "captions")}  # noqa: RUF012
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        processor,
+        modalities: Sequence[str],
+        training: bool,
+        frequency_mask: int = 0,
+        time_mask: int = 0,
+        max_unreadable: float = 0.01,
+        encode_labels: Callable | None = None,
+    ):
+        self.rows = undecoded(rows)
+        self.processor = processor
+        self.training = training
+        self.masks = (frequency_mask, time_mask)
+        self.max_unreadable = max_unreadable
+        self.encode_labels = encode_labels
+        self.columns = {}
+        for modality in modalities:
+            present = [name for name in self.COLUMNS[modality] if name in rows.column_names]
+            if not present:
+                raise ValueError(
+                    f"{modality} needs a column {' or '.join(self.COLUMNS[modality])}; "
+                    f"the data set has {', '.join(rows.column_names)}"
+                )
+            self.columns[modality] = present[0]
+        self.read = self.unreadable = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        for offset in range(len(self)):
+            row = self.rows[(index + offset) % len(self)]
+            self.read += 1
+            try:
+                return self.example(row)
+            except (ValueError, OSError) as error:
+                self.unreadable += 1
+                logger.warning(f"clip {row.get('id', index)} is replaced by the next: {error}")
+                allowed = self.max_unreadable * max(self.read, 100)
+                if self.unreadable > allowed:
+                    raise TooManyUnreadableError(
+                        f"{self.unreadable} of {self.read} clips could not be read, more than "
+                        f"{self.max_unreadable:.1%}; the last was {row.get('id', index)}: {error}"
+                    ) from error
+        raise TooManyUnreadableError("no clip of the data set can be read")
+
+    def example(self, row: dict) -> dict[str, torch.Tensor]:
+        """One row's tensors: `input_features` `[frames, bins]`, `pixel_values`, `input_ids`, `labels`."""
+        example = {}
+        if "audio" in self.columns:
+            extractor = self.processor.feature_extractor
+            waveform, rate = read_audio(row["audio"])
+            waveform = waveform[:, : rate * extractor.window_samples // extractor.sampling_rate]
+            features = extractor([waveform], sampling_rate=rate, return_tensors="pt")["input_features"][0]
+            if self.training and any(self.masks):
+                silence = (extractor.padding_value - extractor.mean) / extractor.std
+                features = spec_augment(features, *self.masks, fill=silence)
+            example["input_features"] = features
+        if "image" in self.columns:
+            value = row[self.columns["image"]]
+            if self.columns["image"] == "frames":
+                value = pick(value, self.training)
+            example["pixel_values"] = self.processor.image_processor(read_image(value), return_tensors="pt")[
+                "pixel_values"
+            ][0]
+        if "text" in self.columns:
+            value = row[self.columns["text"]]
+            if self.columns["text"] == "captions":
+                value = pick(value, self.training)
+            tokenizer = self.processor.tokenizer
+            example["input_ids"] = tokenizer(value, truncation=True, return_tensors="pt")["input_ids"][0]
+        if self.encode_labels is not None:
+            example["labels"] = self.encode_labels(row["labels"])
+        return example
+
+    def collate(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Stacks examples; texts are padded to the longest and get an `attention_mask`."""
+        batch = {
+            name: torch.stack([example[name] for example in examples])
+            for name in ("input_features", "pixel_values", "labels")
+            if name in examples[0]
+        }
+        if "input_ids" in examples[0]:
+            batch |= self.processor.tokenizer.pad(
+                {"input_ids": [example["input_ids"] for example in examples]}, return_tensors="pt"
+            )
+        return batch
