@@ -270,6 +270,23 @@ class DaliModel(LlavaModel):
             [hidden_states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1
         )
 
+    def get_audio_tokens(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+        """
+        Audio tokens in the space of the image tokens: what the projector reads, unprojected.
+
+        Args:
+            input_features: As the audio encoder takes them: log-mel frames [B, 1024, 128] by default.
+
+        Returns:
+            [B, tokens, width]: 512 x 1024 by default.
+        """
+        hidden_states = self.audio_tower(
+            **{self.audio_tower.main_input_name: input_features}, return_dict=True, **kwargs
+        ).last_hidden_state
+        if hidden_states.ndim == 4:  # CLAP's encoder gives a map [B, width, frequency, time]
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        return self.audio_projection(hidden_states)
+
     def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         Encodes clips.
@@ -281,12 +298,7 @@ class DaliModel(LlavaModel):
             `last_hidden_state`: audio tokens in the space of the image tokens [B, 512, 1024];
             `pooler_output`: the same through the audio projector [B, 512, hidden size].
         """
-        hidden_states = self.audio_tower(
-            **{self.audio_tower.main_input_name: input_features}, return_dict=True, **kwargs
-        ).last_hidden_state
-        if hidden_states.ndim == 4:  # CLAP's encoder gives a map [B, width, frequency, time]
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        audio_tokens = self.audio_projection(hidden_states)
+        audio_tokens = self.get_audio_tokens(input_features, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=audio_tokens, pooler_output=self.audio_projector(audio_tokens)
         )
