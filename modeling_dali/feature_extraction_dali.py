@@ -199,10 +199,8 @@ def prepare_clips(
     rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(clips)
     if len(rates) != len(clips):
         raise ValueError(f"{len(rates)} sampling rates were given for {len(clips)} clips.")
-    return [
-        prepare_clip(clip, rate, target_rate, index)
-        for index, (clip, rate) in enumerate(zip(clips, rates, strict=True))
-    ]
+    pairs = zip(clips, rates, strict=True)
+    return [prepare_clip(clip, rate, target_rate, index) for index, (clip, rate) in enumerate(pairs)]
 
 
 def prepare_clip(clip, rate: int, target_rate: int, index: int) -> torch.Tensor:

@@ -283,7 +283,7 @@ class DaliProcessor(ProcessorMixin):
         Splits sounds into clips of the feature extractor's length.
 
         Returns:
-            All windows [samples], mono at the extractor's rate, and the number of windows of each sound. A rest that is
+            All windows [samples], mono at the extractor's rate, and the number of windows of each sound. A rest
             shorter than one frame stays with the window before it.
 
         Raises:

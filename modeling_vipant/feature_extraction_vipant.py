@@ -129,7 +129,7 @@ class VipAntFeatureExtractor(SequenceFeatureExtractor):
             ValueError: for an empty clip, one shorter than a frame, NaN or infinite samples, an array of more than
                 two dimensions, or a sample type without a scale. The message names the clip.
         """
-        clips = self.prepare_clips(audio, sampling_rate)
+        clips = prepare_clips(audio, sampling_rate, self.sampling_rate)
         for index, clip in enumerate(clips):
             if len(clip) < self.frame_samples:
                 raise ValueError(
@@ -176,35 +176,50 @@ class VipAntFeatureExtractor(SequenceFeatureExtractor):
             torch.matmul(spectrum.real.square() + spectrum.imag.square(), self._filters, out=output)
         return log_mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
-    def prepare_clips(self, audio, sampling_rate: int | Sequence[int] | None) -> list[torch.Tensor]:
-        """The clips in `audio` as mono float32 tensors [samples] at the extractor's own rate (see `__call__`)."""
-        clips = split_batch(audio)
-        if sampling_rate is None:
-            logger.warning_once(
-                f"No `sampling_rate` was given: {self.sampling_rate} Hz is assumed. A wrong rate gives wrong features."
-            )
-            sampling_rate = self.sampling_rate
-        rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(clips)
-        if len(rates) != len(clips):
-            raise ValueError(f"{len(rates)} sampling rates were given for {len(clips)} clips.")
-        return [
-            self._prepare_clip(clip, rate, index) for index, (clip, rate) in enumerate(zip(clips, rates, strict=True))
-        ]
 
-    def _prepare_clip(self, clip, rate: int, index: int) -> torch.Tensor:
-        samples = first_channel(to_float32(clip, index), index)
-        if samples.size == 0:
-            raise ValueError(f"Clip {index} is empty: it has no samples.")
-        if not np.isfinite(samples).all():
-            bad = np.flatnonzero(~np.isfinite(samples))
-            raise ValueError(
-                f"Clip {index} has {bad.size} NaN or infinite samples, the first at sample {bad[0]}: repair or drop it."
-            )
-        if rate != self.sampling_rate:
-            if not rate > 0:
-                raise ValueError(f"Clip {index} has a sampling rate of {rate}: a positive number of Hz is needed.")
-            samples = soxr.resample(samples, rate, self.sampling_rate)
-        return torch.from_numpy(np.ascontiguousarray(samples))
+def prepare_clips(
+    audio: "np.ndarray | torch.Tensor | list", sampling_rate: int | Sequence[int] | None, target_rate: int
+) -> list[torch.Tensor]:
+    """
+    Clips of any form and rate as mono float32 tensors [samples] at one rate.
+
+    Args:
+        audio, sampling_rate: As [`VipAntFeatureExtractor`] takes them.
+        target_rate: Rate of the result in Hz; taken to be that of the audio if no `sampling_rate` is given.
+
+    Raises:
+        ValueError: for an empty clip, NaN or infinite samples, more than two dimensions, a sample type without a scale
+            or a rate that is not positive. The message names the clip.
+    """
+    clips = split_batch(audio)
+    if sampling_rate is None:
+        logger.warning_once(
+            f"No `sampling_rate` was given: {target_rate} Hz is assumed. A wrong rate gives wrong features."
+        )
+        sampling_rate = target_rate
+    rates = list(sampling_rate) if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(clips)
+    if len(rates) != len(clips):
+        raise ValueError(f"{len(rates)} sampling rates were given for {len(clips)} clips.")
+    pairs = zip(clips, rates, strict=True)
+    return [prepare_clip(clip, rate, target_rate, index) for index, (clip, rate) in enumerate(pairs)]
+
+
+def prepare_clip(clip, rate: int, target_rate: int, index: int) -> torch.Tensor:
+    """One clip of `prepare_clips`; `index` is for messages."""
+    samples = first_channel(to_float32(clip, index), index)
+    if samples.size == 0:
+        raise ValueError(f"Clip {index} is empty: it has no samples.")
+    finite = np.isfinite(samples)
+    if not finite.all():
+        raise ValueError(
+            f"Clip {index} has {np.count_nonzero(~finite)} NaN or infinite samples, the first at {finite.argmin()}: "
+            "repair or drop it."
+        )
+    if not rate > 0:
+        raise ValueError(f"Clip {index} has a sampling rate of {rate}: a positive number of Hz is needed.")
+    if rate != target_rate:
+        samples = soxr.resample(samples, rate, target_rate)
+    return torch.from_numpy(np.ascontiguousarray(samples))
 
 
 def split_batch(audio) -> list:
@@ -263,4 +278,4 @@ def first_channel(samples: np.ndarray, index: int) -> np.ndarray:
 
 VipAntFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
-__all__ = ["VipAntFeatureExtractor"]
+__all__ = ["VipAntFeatureExtractor", "prepare_clips"]
