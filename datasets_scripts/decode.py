@@ -280,7 +280,8 @@ class _Track:
     def add(self, frame: av.AudioFrame) -> None:
         if self._mixer is None:
             self.rate = frame.sample_rate
-            self._mixer = av.AudioResampler(format="flt", layout="mono", rate=self.rate)
+            # Weights of the channels add up to 1 for integers only; 32 bits lose nothing.
+            self._mixer = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
         if frame.pts is None:
             offset = self._cursor or 0
         else:
@@ -293,7 +294,7 @@ class _Track:
         except ValueError as error:
             raise ClipError("damaged", f"the sound changes its format on the way: {error}") from error
         for piece in mixed:
-            samples = piece.to_ndarray()[0]
+            samples = (piece.to_ndarray()[0] * 2.0**-31).astype(np.float32)
             self._pieces.append((offset, samples))
             offset += len(samples)
         self._cursor = offset
@@ -333,9 +334,10 @@ def _demux_from(
     reached = {stream: False for stream in (audio, video) if stream}
     for packet in container.demux(list(reached)):
         stream = packet.stream
-        if packet.dts is None and packet.size:
+        stamp = packet.pts if packet.dts is None else packet.dts  # matroska leaves out some of the latter
+        if stamp is None and packet.size:
             raise ClipError("damaged", f"the {stream.type} track has no timestamps")
-        time = None if packet.dts is None else float(packet.dts * packet.time_base) - origin
+        time = None if stamp is None else float(stamp * packet.time_base) - origin
         if time is not None:
             reached[stream] = reached[stream] or time >= end
             if all(reached.values()) or time >= end + _INTERLEAVING:

@@ -1,0 +1,302 @@
+"""From videos to shards: mono 16 kHz FLAC, evenly spaced JPEG frames and metadata.
+
+    python -m datasets_scripts.prepare videos/ --output prepared/
+    python -m datasets_scripts.prepare balanced_train_segments.csv --videos videos/ --output s3://bucket/balanced
+    python -m datasets_scripts.prepare files.txt --output prepared/ --format tar --engine ray --workers 64
+
+SOURCE is a folder, a text file with one path a line, or an index CSV in AudioSet's format. A run that was stopped is
+continued by the same command, and gives the shards that it would have given. Clips that cannot be read are listed in
+`failures.jsonl` with their reasons.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from datasets_scripts.clips import ClipRequest, from_folder, from_index, from_list
+from datasets_scripts.records import Limits, Settings, failure, read_record
+from datasets_scripts.shards import Folder, Journal, commit_shard, finish, grouped, shard_name
+from datasets_scripts.workers import Casualty, Engine, GuardedPool, run_tasks
+
+
+def prepare(
+    requests: Callable[[], Iterable[ClipRequest]],
+    output: str | os.PathLike,
+    settings: Settings = Settings(),  # noqa: B008
+    limits: Limits = Limits(),  # noqa: B008
+    workers: int | None = None,
+    engine: Engine = "local",
+    retry_failures: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes clips to shards; continues where an earlier run was stopped.
+
+    Args:
+        requests: gives the clips, the same ones in the same order whenever it is called.
+        output: local folder or URL.
+        settings: what decides the content of the shards.
+        limits: for each clip.
+        workers: processes (all CPU cores by default), or Ray tasks at a time.
+        engine: "local", or "ray", where each task is a shard; the records are the same.
+        retry_failures: makes shards with failures anew, for files that have come since.
+        progress: shows a bar with rate and time left.
+
+    Returns:
+        The manifest: counts, checksums, and numbers of failures by reason.
+
+    Raises:
+        ValueError: if an id occurs twice, there is no clip, or the output folder belongs to another source or to
+            other settings.
+        RuntimeError: if another run is writing to the output folder.
+    """
+    workers = workers or os.cpu_count() or 1
+    folder = Folder(output)
+    count, fingerprint = _survey(requests)
+    plan = {"clips": count, "fingerprint": fingerprint, "settings": asdict(settings)}
+    work = _work_folder(folder, plan)
+    with _lock(work):
+        folder.sweep()
+        _begin(folder, work, plan)
+        done = {}
+        for name in folder.names("reports", ".json"):
+            report = json.loads(folder.read(name))
+            if retry_failures and report["failures"]:
+                folder.remove(name)
+            else:
+                done[name] = report["clips"]
+        shards = (
+            (index, shard)
+            for index, shard in enumerate(grouped(requests(), settings.shard_size))
+            if f"reports/{shard_name(index)}.json" not in done
+        )
+        with tqdm(total=count, initial=sum(done.values()), unit="clip", disable=not progress, smoothing=0.05) as bar:
+            if engine == "local":
+                for _ in _write_shards(shards, folder, work, settings, limits, workers, bar.update):
+                    pass
+            else:
+                writer = _ShardWriter(folder.path, work, settings, limits)
+                for clips in run_tasks(writer, shards, engine, workers):
+                    bar.update(clips)
+        for journal in work.glob("*.sqlite*"):  # of a run that was killed between a report and its clean-up
+            journal.unlink()
+        return finish(folder, plan)
+
+
+class _ShardWriter:
+    """Writes one shard, wherever it is called: the task that Ray spreads over machines."""
+
+    def __init__(self, output: str, work: Path, settings: Settings, limits: Limits):
+        self.output, self.work, self.settings, self.limits = output, work, settings, limits
+
+    def __call__(self, shard: tuple[int, list[ClipRequest]]) -> int:
+        folder = Folder(self.output)
+        reports = _write_shards([shard], folder, self.work, self.settings, self.limits, 1, lambda clips: None)
+        return sum(report["clips"] for report in reports)
+
+
+def _write_shards(
+    shards: Iterable[tuple[int, list[ClipRequest]]],
+    folder: Folder,
+    work: Path,
+    settings: Settings,
+    limits: Limits,
+    workers: int,
+    advance: Callable[[int], Any],
+) -> Iterator[dict[str, Any]]:
+    """Reads clips in child processes, and writes each shard when its last clip is in. Yields the reports."""
+    journals: dict[int, tuple[Journal, set[int]]] = {}  # by shard: finished clips, positions still to come
+
+    def items() -> Iterator[tuple[Any, Any]]:
+        for index, clips in shards:
+            journal = Journal(work / f"{shard_name(index)}.sqlite")
+            finished = journal.positions()
+            advance(len(finished))
+            missing = set(range(len(clips))) - finished
+            journals[index] = journal, missing
+            for position in sorted(missing):
+                yield (index, position, clips[position].id), (clips[position], settings)
+
+    with GuardedPool(read_record, workers, limits.timeout, limits.memory) as pool:
+        for key, outcome in pool.map(items()):
+            index, position, clip = key
+            if isinstance(outcome, Casualty):
+                outcome = failure(clip, outcome.reason, outcome.detail)
+            journal, missing = journals[index]
+            journal.add(position, outcome)
+            missing.discard(position)
+            advance(1)
+            # A shard that was whole in its journal already gives no item of its own, so all are looked at.
+            for index in [index for index, (_, missing) in journals.items() if not missing]:
+                yield _commit(folder, index, journals.pop(index)[0], settings)
+    for index in sorted(journals):
+        yield _commit(folder, index, journals.pop(index)[0], settings)
+
+
+def _commit(folder: Folder, index: int, journal: Journal, settings: Settings) -> dict[str, Any]:
+    report = commit_shard(folder, index, journal.outcomes(), settings.shard_format)
+    journal.remove()
+    return report
+
+
+def _survey(requests: Callable[[], Iterable[ClipRequest]]) -> tuple[int, str]:
+    """Counts the clips and sums up what is asked of them; eight bytes of memory a clip."""
+    total = hashlib.sha256()
+    hashes = array("Q")
+    for request in requests():
+        total.update(repr((request.id, request.start, request.end, request.labels)).encode())
+        hashes.append(_hash(request.id))
+    values = np.sort(np.frombuffer(hashes, np.uint64)) if hashes else np.zeros(0, np.uint64)
+    if not len(values):
+        raise ValueError("there is no clip in this source")
+    repeated = set(values[1:][values[1:] == values[:-1]].tolist())
+    if repeated:
+        seen = set()
+        for request in requests():
+            if _hash(request.id) in repeated:
+                if request.id in seen:
+                    raise ValueError(f"the id {request.id!r} occurs twice in this source: rename or drop one")
+                seen.add(request.id)
+    return len(values), total.hexdigest()
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def _begin(folder: Folder, work: Path, plan: dict[str, Any]) -> None:
+    """Compares the plan with that of an earlier run, or writes it down."""
+    if not folder.exists("plan.json"):
+        if folder.names("shards") or folder.names("reports"):
+            raise ValueError(f"{folder.path} holds shards but no plan.json: choose another output folder")
+        for journal in work.glob("*.sqlite"):  # of a run whose output was removed
+            journal.unlink()
+        folder.write_json("plan.json", plan)
+        return
+    earlier = json.loads(folder.read("plan.json"))
+    changes = [
+        f"{name} was {earlier['settings'].get(name)}, is {value}"
+        for name, value in plan["settings"].items()
+        if earlier["settings"].get(name) != value
+    ]
+    if earlier["fingerprint"] != plan["fingerprint"]:
+        changes.append(f"the source had {earlier['clips']} clips, has {plan['clips']}, or others than then")
+    if changes:
+        raise ValueError(f"{folder.path} was begun otherwise ({'; '.join(changes)}): choose another output folder")
+
+
+def _work_folder(folder: Folder, plan: dict[str, Any]) -> Path:
+    """Where unfinished shards are kept: in a local output folder, or in the user's cache for a remote one."""
+    if folder.local:
+        return Path(folder.root, "_work")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    name = json.dumps([folder.path, plan], sort_keys=True)  # what is left there of another run must not be taken
+    return cache / "dali-audio" / "prepare" / hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another run is writing here (it holds {work / 'lock'})") from None
+        try:
+            yield
+        finally:
+            (work / "lock").unlink()
+            if not any(work.iterdir()):
+                work.rmdir()
+
+
+def clips_of(
+    source: str | Path,
+    videos: str | Path | None = None,
+    seconds: float | None = 10.0,
+    allow_short: bool = False,
+    follow_links: bool = False,
+) -> Callable[[], Iterable[ClipRequest]]:
+    """The clips of a folder, a list of files or an index CSV, as `prepare` wants them.
+
+    Args:
+        source: folder; text file with one path a line; or CSV in AudioSet's format.
+        videos: folder of an index' files; its own folder by default.
+        seconds: length of the clips of a folder or list, from the start of each file; None for whole files.
+        allow_short: whether videos that end before an index' segments will do.
+        follow_links: whether links may lead out of the folder.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+    """
+    source = Path(source).absolute()  # workers may run elsewhere
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a folder, a list of files, or an index CSV")
+    if source.is_dir():
+        return lambda: from_folder(source, seconds, follow_links)
+    if source.suffix.lower() == ".csv":
+        return lambda: from_index(source, Path(videos or source.parent).absolute(), allow_short, follow_links)
+    return lambda: from_list(source, seconds, follow_links)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser("datasets_scripts.prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, help="folder, list of files, or index CSV in AudioSet's format")
+    parser.add_argument("--output", required=True, help="local folder or fsspec URL")
+    parser.add_argument("--videos", type=Path, help="folder of an index' video files (default: that of the CSV)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a folder's or list's files; 0: whole files")
+    parser.add_argument("--frames", type=int, default=Settings.frames, help="a clip; 0: sound alone")
+    parser.add_argument("--frame-size", type=int, default=Settings.frame_size, help="shorter side; 0: as it is")
+    parser.add_argument("--jpeg-quality", type=int, default=Settings.jpeg_quality)
+    parser.add_argument("--shard-size", type=int, default=Settings.shard_size, help="clips a shard")
+    parser.add_argument("--format", choices=("parquet", "tar"), default=Settings.shard_format)
+    parser.add_argument("--allow-short", action="store_true", help="take videos that end before their segment does")
+    parser.add_argument("--follow-links", action="store_true", help="let links lead out of the source folder")
+    parser.add_argument("--retry-failures", action="store_true", help="read clips again that have failed")
+    parser.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds for one clip")
+    parser.add_argument("--memory", type=int, default=Limits.memory >> 20, help="MiB for one process")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--workers", type=int, help="processes or Ray tasks (default: all cores)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    settings = Settings(
+        options.frames, options.frame_size or None, options.jpeg_quality, options.shard_size, options.format
+    )
+    try:
+        requests = clips_of(
+            options.source, options.videos, options.seconds or None, options.allow_short, options.follow_links
+        )
+        manifest = prepare(
+            requests,
+            options.output,
+            settings,
+            Limits(options.timeout, options.memory << 20),
+            options.workers,
+            options.engine,
+            options.retry_failures,
+            not options.quiet,
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["failures"].items()))
+    print(f"{manifest['rows']} of {manifest['clips']} clips in {len(manifest['files'])} shards: {options.output}")
+    if failures:
+        print(f"failures: {failures} (see failures.jsonl)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Shards on any fsspec path: how prepared clips are written, committed, resumed and opened again.
+
+A folder of shards:
+
+    plan.json           what was asked: settings, number of clips, fingerprint of the source
+    shards/*.parquet    (or .tar) the records
+    reports/*.json      one a shard, written last: counts, checksum, failures. A shard without one does not count.
+    manifest.json       counts and checksums of all
+    failures.jsonl      id, reason and detail of every clip that could not be read
+    README.md           the data set card, by which `datasets.load_dataset(folder)` finds the shards
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import sqlite3
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": datasets.Audio(sampling_rate=16_000, decode=False),
+        "frames": datasets.List(datasets.Image(decode=False)),
+        "frame_times": datasets.List(datasets.Value("float32")),
+        "labels": datasets.List(datasets.Value("string")),
+        "source": datasets.Value("string"),
+        "start": datasets.Value("float64"),
+        "duration": datasets.Value("float64"),
+    }
+)
+ROW_GROUP = 32  # rows that a reader holds at a time
+
+
+class Folder:
+    """A folder on any fsspec path, with whole-file writes.
+
+    Args:
+        path: local path or URL, such as `s3://bucket/audioset`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.filesystem, self.root = fsspec.core.url_to_fs(os.fspath(path).rstrip("/"))
+        self.local = isinstance(self.filesystem, LocalFileSystem)
+        self.path = self.root if self.local else os.fspath(path).rstrip("/")  # absolute
+
+    def _full(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.filesystem.exists(self._full(name))
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """The sorted names, with their folder, of the files in one of the folders here."""
+        if not self.filesystem.isdir(self._full(folder)):
+            return []
+        self.filesystem.invalidate_cache()
+        found = (path.rsplit("/", 1)[1] for path in self.filesystem.ls(self._full(folder), detail=False))
+        return sorted(f"{folder}/{name}" for name in found if name.endswith(suffix) and not name.startswith("."))
+
+    def open(self, name: str) -> Any:
+        """Opens a file for reading bytes."""
+        return self.filesystem.open(self._full(name), "rb")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def remove(self, name: str) -> None:
+        """Removes a file if it is there."""
+        if self.exists(name):
+            self.filesystem.rm(self._full(name))
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator["_Hashing"]:
+        """Opens a file that appears under its name only when the block ends well.
+
+        Object stores do so by themselves; on a local disk the file is written beside its place and renamed.
+        """
+        full = self._full(name)
+        self.filesystem.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
+        if not self.local:
+            with self.filesystem.open(full, "wb") as file:
+                yield _Hashing(file)
+            return
+        temporary = Path(full).with_name(f".{Path(full).name}.{os.getpid()}.partial")
+        try:
+            with temporary.open("wb") as file:
+                yield _Hashing(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(full)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a whole file."""
+        with self.writing(name) as file:
+            file.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as JSON, the same bytes for the same value."""
+        self.write(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+    def sweep(self) -> None:
+        """Removes what interrupted writes left on a local disk."""
+        if self.local:
+            for folder in (".", "shards", "reports"):
+                for leftover in Path(self.root, folder).glob(".*.partial"):
+                    leftover.unlink(missing_ok=True)
+
+
+class _Hashing:
+    """A file that counts and sums up what is written to it."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._sum = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self._sum.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def seekable(self) -> bool:
+        return False
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def digest(self) -> str:
+        return self._sum.hexdigest()
+
+
+class Journal:
+    """Finished clips of a shard that is not finished, on local disk: what a killed run leaves for the next one.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except sqlite3.DatabaseError:  # what a full disk or a power cut may leave; its clips are read again
+            path.unlink()
+            self._open()
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self.path, isolation_level=None, timeout=60)
+        # A process that is killed loses nothing without syncs; only a power cut does.
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("CREATE TABLE IF NOT EXISTS clips (position INTEGER PRIMARY KEY, outcome BLOB)")
+
+    def positions(self) -> set[int]:
+        """Of the clips that are in."""
+        return {position for (position,) in self._database.execute("SELECT position FROM clips")}
+
+    def add(self, position: int, outcome: dict[str, Any]) -> None:
+        """Keeps the outcome of the clip at a position in the shard."""
+        self._database.execute("INSERT OR REPLACE INTO clips VALUES (?, ?)", (position, pickle.dumps(outcome)))
+
+    def outcomes(self) -> Iterator[dict[str, Any]]:
+        """In order of position, one at a time."""
+        for (outcome,) in self._database.execute("SELECT outcome FROM clips ORDER BY position"):
+            yield pickle.loads(outcome)
+
+    def close(self) -> None:
+        """Closes the file, and keeps it."""
+        self._database.close()
+
+    def remove(self) -> None:
+        """Closes and removes the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def shard_name(index: int) -> str:
+    """The name of a shard, without folder and extension."""
+    return f"shard-{index:06d}"
+
+
+def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: datasets.Features = FEATURES) -> int:
+    """Writes rows as parquet, a row group at a time, in a form that `datasets` reads with these features.
+
+    Returns:
+        Number of rows.
+    """
+    schema = features.arrow_schema
+    count = 0
+    # The sounds and pictures are compressed already.
+    with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema, compression="none", use_dictionary=False) as writer:
+        for group in grouped(rows, ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+def write_tar(file: Any, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows as a webdataset tar: `KEY.json`, `KEY.flac`, `KEY.00.jpg`, `KEY.01.jpg`, ...
+
+    KEY is the id with everything but letters, digits, `_` and `-` escaped as in URLs, so that it names no folder.
+
+    Returns:
+        Number of rows.
+    """
+    count = 0
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+        for count, row in enumerate(rows, 1):  # noqa: B007
+            key = tar_key(row["id"])
+            meta = {name: value for name, value in row.items() if name not in ("audio", "frames")}
+            _add_member(archive, f"{key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
+            _add_member(archive, f"{key}.flac", row["audio"]["bytes"])
+            for number, frame in enumerate(row["frames"]):
+                _add_member(archive, f"{key}.{number:02d}.jpg", frame["bytes"])
+    return count
+
+
+def tar_key(name: str) -> str:
+    """Escapes an id for use as a file name; long ones are cut and end in their checksum."""
+    key = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    return key if len(key) <= 80 else f"{key[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # with no time and no owner: the same records give the same bytes
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def grouped(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yields lists of up to `size` items."""
+    group: list[Any] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def commit_shard(
+    folder: Folder, index: int, outcomes: Iterable[dict[str, Any]], shard_format: str = "parquet"
+) -> dict[str, Any]:
+    """Writes one shard and then its report, which makes it count.
+
+    Args:
+        folder: of the shards.
+        index: of the shard.
+        outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`.
+        shard_format: "parquet" or "tar".
+
+    Returns:
+        The report.
+    """
+    failures: list[dict[str, str]] = []
+    seconds = 0.0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal seconds
+        for outcome in outcomes:
+            if "failure" in outcome:
+                failures.append(outcome["failure"])
+            else:
+                seconds += outcome["duration"]
+                yield outcome
+
+    name = f"shards/{shard_name(index)}.{shard_format}"
+    write: Callable[[Any, Any], int] = write_tar if shard_format == "tar" else write_parquet
+    with folder.writing(name) as file:
+        count = write(file, rows())
+    report = {
+        "file": {"name": name, "rows": count, "bytes": file.size, "sha256": file.digest()},
+        "clips": count + len(failures),
+        "seconds": round(seconds, 3),
+        "failures": failures,
+    }
+    if not count:
+        folder.remove(name)
+        report["file"] = None
+    folder.write_json(f"reports/{shard_name(index)}.json", report)
+    return report
+
+
+def finish(folder: Folder, plan: dict[str, Any]) -> dict[str, Any]:
+    """Sums the reports up in `manifest.json`, `failures.jsonl` and the card.
+
+    Returns:
+        The manifest.
+    """
+    reasons: Counter[str] = Counter()
+    manifest: dict[str, Any] = {"clips": 0, "rows": 0, "seconds": 0.0, "files": []}
+    with folder.writing("failures.jsonl") as file:
+        for name in folder.names("reports", ".json"):
+            report = json.loads(folder.read(name))
+            manifest["clips"] += report["clips"]
+            manifest["seconds"] = round(manifest["seconds"] + report["seconds"], 3)
+            if report["file"]:
+                manifest["files"].append(report["file"])
+                manifest["rows"] += report["file"]["rows"]
+            for failure in report["failures"]:
+                reasons[failure["reason"]] += 1
+                file.write(json.dumps(failure, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    manifest["failures"] = dict(reasons)
+    manifest["plan"] = plan
+    folder.write("README.md", _card(manifest).encode())
+    folder.write_json("manifest.json", manifest)
+    return manifest
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    settings = manifest["plan"]["settings"]
+    glob = f"shards/*.{settings['shard_format']}"
+    failures = "".join(f"- {reason}: {count}\n" for reason, count in sorted(manifest["failures"].items()))
+    return f"""---
+configs:
+- config_name: default
+  data_files: {glob}
+task_categories:
+- audio-classification
+- audio-to-audio
+---
+# Prepared clips
+
+{manifest["rows"]} of {manifest["clips"]} clips, {manifest["seconds"] / 3600:.2f} hours of sound (mono, 16 kHz, FLAC),
+{settings["frames"]} JPEG frames each, made by `python -m datasets_scripts.prepare`.
+
+Columns: `id`, `audio` (bytes), `frames` (list of bytes), `frame_times` (seconds from the clip's start), `labels`,
+`source` (file), `start` (of the clip in its file, seconds), `duration` (of the sound, seconds).
+
+Clips that could not be read (see `failures.jsonl`):
+
+{failures or "- none" + chr(10)}"""
+
+
+def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.Dataset | datasets.IterableDataset":
+    """Opens a folder of parquet shards with `datasets`.
+
+    Args:
+        path: local folder or URL, written by `prepare` or `filter_pairs`.
+        streaming: gives an `IterableDataset` that reads as it goes; otherwise `datasets` keeps a copy in its cache.
+
+    Returns:
+        The data set. For training over many shards see also `datasets_scripts.streaming`.
+
+    Raises:
+        FileNotFoundError: if there is no finished parquet shard.
+    """
+    files = shard_files(path)
+    return datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=streaming)
+
+
+def shard_files(path: str | os.PathLike) -> list[str]:
+    """The parquet files of the shards that count, in order, as paths or URLs.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = Folder(path)
+    if not folder.exists("manifest.json"):
+        raise FileNotFoundError(f"{path} has no manifest.json: not a folder of shards, or prepare has not finished")
+    files = [file["name"] for file in json.loads(folder.read("manifest.json"))["files"]]
+    if not files or not files[0].endswith(".parquet"):
+        raise FileNotFoundError(f"{path} holds no parquet shard")
+    return [f"{folder.path}/{name}" for name in files]

@@ -1,0 +1,352 @@
+"""From videos to shards: whole, resumable, the same on Ray, and unharmed by hostile files."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from PIL import Image
+
+from datasets_scripts import prepare as module
+from datasets_scripts.clips import ClipRequest
+from datasets_scripts.prepare import clips_of, main, prepare
+from datasets_scripts.records import Limits, Settings
+from datasets_scripts.shards import Folder, open_shards
+from tests.datasets_scripts.videos import lag, make_video, number
+from tests.datasets_scripts.workloads import small_record
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Fourteen clips of a second, in two folders, of which two have a fault."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "more").mkdir()
+    make_video(folder / "a.mp4", 1, video="mpeg4", rate=16_000, layout="mono")
+    for i in range(11):
+        shutil.copy(folder / "a.mp4", folder / "more" / f"clip {i:02d}.mp4")
+    make_video(folder / "mute.mp4", 1, video="mpeg4", audio=None)
+    (folder / "void.mp4").touch()
+    (folder / "notes.txt").write_text("no video")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder of shards, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(source: Path, output: Path, *options: str) -> int:
+    return main([str(source), "--output", str(output), "--shard-size", "4", "--workers", "2", "--quiet", *options])
+
+
+@pytest.fixture(scope="module")
+def prepared(videos, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("prepared") / "shards"
+    assert run(videos, output) == 0
+    return output
+
+
+def test_shards_hold_every_clip_once_or_list_it(prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert (manifest["clips"], manifest["rows"]) == (14, 12)
+    assert manifest["failures"] == {"empty": 1, "no_audio": 1}
+    failures = [json.loads(line) for line in (prepared / "failures.jsonl").read_text().splitlines()]
+    assert {failure["id"]: failure["reason"] for failure in failures} == {"mute": "no_audio", "void": "empty"}
+    rows = [row for path in sorted((prepared / "shards").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert [row["id"] for row in rows] == ["a", *(f"more/clip {i:02d}" for i in range(11))]
+    for file in manifest["files"]:
+        import hashlib
+
+        data = (prepared / file["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file["bytes"], file["sha256"])
+    waveform, rate = soundfile.read(io.BytesIO(rows[3]["audio"]["bytes"]))
+    assert rate == 16_000 and abs(len(waveform) - 16_000) <= 1600 and abs(lag(waveform, 0)) < 0.02
+    assert [number(Image.open(io.BytesIO(frame["bytes"]))) for frame in rows[3]["frames"]] == list(range(10))
+
+
+def test_datasets_reads_the_folder(prepared, tmp_path):
+    dataset = datasets.load_dataset(str(prepared), split="train", cache_dir=str(tmp_path))
+    assert len(dataset) == 12
+    assert set(dataset[0]["audio"]) == {"bytes", "path"}
+    decoded = dataset.cast_column("frames", datasets.List(datasets.Image()))
+    assert decoded[0]["frames"][2].size == (64, 64)
+    streamed = list(open_shards(prepared, streaming=True))
+    assert [row["id"] for row in streamed] == dataset["id"]
+
+
+def test_a_second_run_changes_nothing_and_reads_nothing(videos, prepared, monkeypatch):
+    before = content(prepared)
+    monkeypatch.setattr(module, "read_record", None)
+    assert run(videos, prepared) == 0
+    assert content(prepared) == before
+
+
+def test_other_settings_or_another_source_are_refused(videos, prepared, tmp_path, capsys):
+    assert run(videos, prepared, "--frames", "3") == 1
+    assert "frames was 10, is 3" in capsys.readouterr().err
+    shutil.copytree(videos, tmp_path / "other")
+    shutil.copy(videos / "a.mp4", tmp_path / "other" / "b.mp4")
+    assert run(tmp_path / "other", prepared) == 1
+    assert "had 14 clips, has 15" in capsys.readouterr().err
+    assert run(tmp_path / "none", prepared) == 1
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", tmp_path / "output") == 1
+    assert "no clip" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from datasets_scripts import prepare, shards
+
+def dying(method, at):
+    calls = 0
+    def call(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*arguments, **keywords)
+    return call
+
+where, at = sys.argv[1], int(sys.argv[2])
+owner = {"add": shards.Journal, "remove": shards.Journal, "write_json": shards.Folder}.get(where, shards._Hashing)
+setattr(owner, where, dying(getattr(owner, where), at))
+sys.exit(prepare.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("shard_format", ["parquet", "tar"])
+def test_killed_runs_end_like_one_that_was_not(videos, prepared, tmp_path, shard_format):
+    """Killed while clips come in, in the middle of a shard, before its report, after it, and in the manifest."""
+    if shard_format == "tar":
+        prepared = tmp_path / "uninterrupted"
+        assert run(videos, prepared, "--format", "tar") == 0
+    output = tmp_path / "killed"
+    arguments = [str(videos), "--output", str(output), "--shard-size", "4", "--workers", "2", "--quiet"]
+    arguments += ["--format", shard_format]
+    moments = [
+        ("add", 3),
+        ("write", 9),
+        ("write_json", 1),
+        ("remove", 1),
+        ("add", 2),
+        ("write_json", 2),
+        ("write", 40),
+    ]
+    kills = 0
+    for where, at in moments if shard_format == "parquet" else moments[1:3]:
+        process = subprocess.run([sys.executable, "-c", KILLED, where, str(at), *arguments], cwd=REPOSITORY)
+        assert process.returncode in (0, -signal.SIGKILL)
+        kills += process.returncode != 0
+    assert kills >= 2
+    assert main(arguments) == 0
+    assert content(output) == content(prepared)
+
+
+def test_killed_at_a_random_moment(videos, prepared, tmp_path):
+    generator = np.random.default_rng()
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "datasets_scripts.prepare", str(videos), "--output", str(output)]
+    command += ["--shard-size", "4", "--workers", "2", "--quiet"]
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=REPOSITORY)
+        try:
+            process.wait(timeout=float(generator.uniform(0.8, 2.0)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
+    assert content(output) == content(prepared)
+
+
+def test_finished_clips_of_a_killed_run_are_not_read_again(videos, tmp_path, monkeypatch):
+    reads = []
+    journal = module.Journal(tmp_path / "output" / "_work" / "shard-000000.sqlite")
+    requests = list(clips_of(videos)())
+
+    class Recording(module.GuardedPool):
+        def map(self, items):
+            return super().map((reads.append(item[1][0].id) or item) for item in items)
+
+    (tmp_path / "output").mkdir(exist_ok=True)
+    count, fingerprint = module._survey(clips_of(videos))
+    plan = {"clips": count, "fingerprint": fingerprint, "settings": module.asdict(Settings())}
+    Folder(tmp_path / "output").write_json("plan.json", plan)
+    for i, request in enumerate(requests[:5]):
+        journal.add(i, small_record((request, None)))
+    journal.close()
+    monkeypatch.setattr(module, "GuardedPool", Recording)
+    prepare(clips_of(videos), tmp_path / "output", workers=1, progress=False)
+    assert reads == [request.id for request in requests[5:]]
+
+
+def test_two_runs_at_once_are_refused(videos, tmp_path):
+    with module._lock(tmp_path / "_work"), pytest.raises(RuntimeError, match="another run"):
+        prepare(clips_of(videos), tmp_path, progress=False)
+
+
+def test_ray_gives_the_same_files(videos, prepared, tmp_path, ray_cluster):
+    assert run(videos, tmp_path / "ray", "--engine", "ray") == 0
+    assert content(tmp_path / "ray") == content(prepared)
+
+
+def test_remote_folders(videos, prepared):
+    output = "memory://somewhere/shards"
+    assert run(videos, output) == 0
+    filesystem = fsspec.filesystem("memory")
+    for name, data in content(prepared).items():
+        assert filesystem.cat(f"/somewhere/shards/{name}") == data
+    assert run(videos, output) == 0
+    assert [row["id"] for row in open_shards(output, streaming=True)][:2] == ["a", "more/clip 00"]
+
+
+def test_webdataset_tar(videos, tmp_path):
+    assert run(videos, tmp_path / "tar", "--format", "tar") == 0
+    with tarfile.open(tmp_path / "tar" / "shards" / "shard-000000.tar") as archive:
+        names = archive.getnames()
+        assert names[:4] == ["a.json", "a.flac", "a.00.jpg", "a.01.jpg"]
+        assert "more%2Fclip%2000.flac" in names
+        assert json.load(archive.extractfile("a.json"))["duration"] == pytest.approx(1, abs=0.1)
+
+
+def test_an_index_cuts_whole_videos_and_takes_cut_ones(tmp_path):
+    times = make_video(tmp_path / "AAAAAAAAAAA.mp4", 6, fps=10, video="mpeg4", gop=10)
+    make_video(tmp_path / "BBBBBBBBBBB_000030.mp4", 2, video="mpeg4")
+    make_video(tmp_path / "CCCCCCCCCCC_30.000.mp4", 1, video="mpeg4")
+    index = tmp_path / "index.csv"
+    index.write_text(
+        "# Segments csv created Sun Mar  5 10:54:25 2017\n# num_ytids=4\n# YTID, start_seconds, end_seconds, labels\n"
+        'AAAAAAAAAAA, 3.000, 5.000, "/m/04rlf,/m/09x0r"\n'
+        'BBBBBBBBBBB, 30.000, 32.000, "/m/09x0r"\n'
+        'CCCCCCCCCCC, 30.000, 40.000, "/m/09x0r"\n'
+        'DDDDDDDDDDD, 30.000, 40.000, "/m/09x0r"\n'
+        '../../etc/passwd, 0.000, 10.000, "/m/09x0r"\n'
+        "EEEEEEEEEEE, 5.000, 3.000, /m/09x0r\n"
+    )
+    assert run(index, tmp_path / "output", "--frames", "4") == 0
+    rows = pq.read_table(tmp_path / "output" / "shards").to_pylist()
+    assert [row["id"] for row in rows] == ["AAAAAAAAAAA_3.000", "BBBBBBBBBBB_30.000"]
+    assert rows[0]["labels"] == ["/m/04rlf", "/m/09x0r"] and rows[0]["start"] == 3
+    shown = [times[number(Image.open(io.BytesIO(frame["bytes"])))] for frame in rows[0]["frames"]]
+    assert np.allclose(shown, [3, 3.5, 4, 4.5])
+    lines = (tmp_path / "output" / "failures.jsonl").read_text().splitlines()
+    failures = {failure["id"]: failure["reason"] for failure in map(json.loads, lines)}
+    assert failures == {
+        "CCCCCCCCCCC_30.000": "too_short",
+        "DDDDDDDDDDD_30.000": "missing",
+        "line-8": "bad_index",
+        "line-9": "bad_index",
+    }
+    make_video(tmp_path / "DDDDDDDDDDD_30.mp4", 10, fps=2, video="mpeg4")  # has come since
+    assert run(index, tmp_path / "output", "--frames", "4", "--retry-failures") == 0
+    ids = pq.read_table(tmp_path / "output" / "shards")["id"].to_pylist()
+    assert ids == ["AAAAAAAAAAA_3.000", "BBBBBBBBBBB_30.000", "DDDDDDDDDDD_30.000"]
+
+
+def test_hostile_sources_cost_little_and_write_nothing_outside(videos, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.copy(videos / "a.mp4", outside / "secret.mp4")
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(videos / "a.mp4", source / "good.mp4")
+    shutil.copy(videos / "a.mp4", source / "evil; rm -rf ~ $(x) .. .mp4")
+    shutil.copy(videos / "a.mp4", os.fsencode(source) + b"/caf\xe9.mp4")
+    (source / "link.mp4").symlink_to(outside / "secret.mp4")
+    (source / "loop.mp4").symlink_to(source / "loop.mp4")
+    (source / "zero.mp4").symlink_to("/dev/zero")
+    (source / "inside.mp4").symlink_to(source / "good.mp4")
+    os.mkfifo(source / "pipe.mp4")
+    (source / "folder.mp4").mkdir()
+    with (source / "endless.mpg").open("wb") as file:  # a terabyte of nothing, after a start that looks right
+        file.write(b"\x00\x00\x01\xba" + b"\x44" * 10 + b"\x00\x00\x01\xe0" + bytes(200))
+        file.truncate(1 << 40)
+    (source / "playlist.mp4").write_text(f"ffconcat version 1.0\nfile {outside / 'secret.mp4'}\n")
+    with (source / "huge.mp4").open("wb") as file:
+        file.write((videos / "a.mp4").read_bytes())
+        file.truncate(1 << 40)
+    before = content(outside), sorted(path.name for path in source.iterdir())
+    output = tmp_path / "output"
+    assert run(source, output, "--timeout", "4", "--format", "tar") == 0
+    lines = (output / "failures.jsonl").read_text().splitlines()
+    failures = {failure["id"]: failure["reason"] for failure in map(json.loads, lines)}
+    assert failures.pop("endless") in ("timeout", "damaged")
+    assert failures.pop("huge", "timeout") in ("timeout", "damaged")
+    assert failures.pop("loop") in ("damaged", "not_a_file")
+    assert failures == {
+        "link": "outside_source",
+        "zero": "outside_source",
+        "pipe": "not_a_file",
+        "playlist": "damaged",
+    }
+    assert (content(outside), sorted(path.name for path in source.iterdir())) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "outside", "source"]
+    members = [name for shard in (output / "shards").iterdir() for name in tarfile.open(shard).getnames()]
+    assert all("/" not in name and not name.startswith(".") for name in members)
+    assert {
+        "good.flac",
+        "inside.flac",
+        "evil%3B%20rm%20-rf%20%7E%20%24%28x%29%20%2E%2E%20.flac",
+        "caf%EF%BF%BD.flac",
+    } <= set(members)
+
+
+def test_a_list_stays_below_its_folder_unless_it_says_otherwise(videos, tmp_path):
+    (tmp_path / "lists").mkdir()
+    shutil.copy(videos / "a.mp4", tmp_path / "secret.mp4")
+    shutil.copy(videos / "a.mp4", tmp_path / "lists" / "a.mp4")
+    names = ["a.mp4", "../secret.mp4", "x/../../secret.mp4", str(videos / "a.mp4"), "gone.mp4"]
+    (tmp_path / "lists" / "files.txt").write_text("# a comment\n\n" + "\n".join(names) + "\n")
+    assert run(tmp_path / "lists" / "files.txt", tmp_path / "output") == 0
+    assert pq.read_table(tmp_path / "output" / "shards")["id"].to_pylist() == ["a", str(videos / "a")]
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "output" / "failures.jsonl").open()]
+    assert reasons == ["outside_source", "outside_source", "missing"]
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path):
+    requests = [ClipRequest("a", "a.mp4", "."), ClipRequest("b", "b.mp4", "."), ClipRequest("a", "c.mp4", ".")]
+    with pytest.raises(ValueError, match="'a' occurs twice"):
+        prepare(lambda: requests, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("wrong", [{"frames": -1}, {"shard_size": 0}, {"shard_format": "zip"}, {"frame_size": 3}])
+def test_senseless_settings(wrong):
+    with pytest.raises(ValueError):
+        Settings(**wrong)
+
+
+def test_memory_does_not_grow_with_the_number_of_clips(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "read_record", small_record)
+    process = psutil.Process()
+
+    def peak(count):
+        def requests():
+            return (ClipRequest(f"clip-{i:07d}", "", "") for i in range(count))
+
+        most = 0
+
+        def watch(n):
+            nonlocal most
+            most = max(most, process.memory_info().rss)
+
+        monkeypatch.setattr(module.tqdm, "update", lambda self, n=1: watch(n))
+        prepare(requests, tmp_path / str(count), Settings(shard_size=100), Limits(), 1)
+        return most
+
+    peak(500)
+    assert peak(4000) - peak(1000) < 8 << 20
