@@ -378,20 +378,21 @@ def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.D
     Raises:
         FileNotFoundError: if there is no finished parquet shard.
     """
-    files = shard_files(path)
+    folder = Folder(path)
+    files = [f"{folder.path}/{file['name']}" for file in read_manifest(path)["files"]]
     return datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=streaming)
 
 
-def shard_files(path: str | os.PathLike) -> list[str]:
-    """The parquet files of the shards that count, in order, as paths or URLs.
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the manifest of a folder of parquet shards.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or no parquet shard.
     """
     folder = Folder(path)
     if not folder.exists("manifest.json"):
         raise FileNotFoundError(f"{path} has no manifest.json: not a folder of shards, or prepare has not finished")
-    files = [file["name"] for file in json.loads(folder.read("manifest.json"))["files"]]
-    if not files or not files[0].endswith(".parquet"):
+    manifest = json.loads(folder.read("manifest.json"))
+    if not manifest["files"] or not manifest["files"][0]["name"].endswith(".parquet"):
         raise FileNotFoundError(f"{path} holds no parquet shard")
-    return [f"{folder.path}/{name}" for name in files]
+    return manifest
