@@ -640,6 +640,8 @@ SILENT = (
 WIND = Thing("wind", heard="the wind", verbs=(("blows", "is blowing"), ("howls", "is howling")), sound=_sound_wind)
 THINGS = {thing.name: thing for thing in (*SOUNDING, *SILENT, WIND)}
 LABELS = tuple(thing.name for thing in (*SOUNDING, WIND))
+SYNONYMS = {label: THINGS[label].synonyms for label in LABELS}
+"""Label to the words that name it in a caption of either style."""
 
 # Every thing is in exactly one of these pairs, so none is rarer than another in training.
 HELD_OUT_PAIRS = frozenset(
