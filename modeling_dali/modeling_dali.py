@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
+from transformers import AutoModel, ClapAudioModel, LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -205,6 +205,8 @@ def build_audio_tower(audio_config) -> PreTrainedModel:
     """The audio encoder of a configuration: CAV-MAE's branch, or any transformers encoder with token outputs."""
     if audio_config.model_type == "dali_audio":
         return DaliAudioModel(audio_config)
+    if audio_config.model_type == "clap_audio_model":  # not among the Auto classes
+        return ClapAudioModel(audio_config)
     tower = AutoModel.from_config(audio_config)
     return tower.get_encoder() if audio_config.is_encoder_decoder else tower
 
@@ -504,9 +506,8 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: if the checkpoint lacks a weight of the model, holds one that the model has no place for, or
                 one of another shape (unless `ignore_mismatched_sizes`).
         """
-        model, info = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
-        )
+        # Mismatches are let through here, to be named below together with everything else.
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         require_all_weights(info, str(args[0]) if args else "the checkpoint", ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
@@ -638,6 +639,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         self.config.audio_token_index, self.config.prefix_token_index = indices
         if max(indices) >= self.get_input_embeddings().num_embeddings:
             self.resize_token_embeddings(max(indices) + 1)
+        self.generation_config.suppress_tokens = indices  # placeholders are for prompts: the model never writes one
         weight = self.get_input_embeddings().weight
         with torch.no_grad():
             for index in indices:

@@ -198,6 +198,7 @@ class DaliProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("`text` is needed: a prompt with placeholders, such as `processor.caption_prompt()`.")
         self._refuse_unknown(kwargs)
+        kwargs.pop("videos", None)  # chat templates pass None
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         images, text, _, audio = self.prepare_inputs_layout(images=images, text=text, audio=audio)
         self.validate_inputs(images=images, text=text, audio=audio)
@@ -232,14 +233,11 @@ class DaliProcessor(ProcessorMixin):
             )
 
     def _refuse_unknown(self, kwargs: dict) -> None:
-        known = {"text_kwargs", "images_kwargs", "audio_kwargs", "common_kwargs"}
-        annotations = self.valid_processor_kwargs.__annotations__
-        for group, owner in (("text_kwargs", None), ("images_kwargs", "image_processor"), ("audio_kwargs", None)):
-            known |= set(annotations[group].__annotations__)
-            known |= set(
-                getattr(getattr(getattr(self, owner or "", None), "valid_kwargs", None), "__annotations__", {})
-            )
-        unknown = sorted(set(kwargs) - known)
+        groups = self.valid_processor_kwargs.__annotations__
+        known = set(groups) | {"common_kwargs"} | set(self.image_processor.valid_kwargs.__annotations__)
+        for name in ("text_kwargs", "images_kwargs", "audio_kwargs"):
+            known |= set(groups[name].__annotations__)
+        unknown = sorted(name for name in set(kwargs) - known if kwargs[name] is not None)
         if unknown:
             raise TypeError(f"Unknown arguments {unknown}: pictures are `images`, sounds are `audio`.")
 
