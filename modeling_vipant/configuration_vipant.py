@@ -81,7 +81,7 @@ class VipAntConfig(PreTrainedConfig):
     """
 
     model_type = "vipant"
-    sub_configs_defaults = {  # noqa: RUF012 (transformers reads a plain class attribute)
+    sub_configs_defaults = {
         "text_config": CLIPTextConfig,
         "vision_config": CLIPVisionConfig,
         "audio_config": VipAntAudioConfig,

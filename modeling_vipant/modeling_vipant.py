@@ -131,7 +131,7 @@ class VipAntPreTrainedModel(CLIPPreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio", "image", "text")
     accepts_loss_kwargs = False  # the losses are means: Trainer divides them when it accumulates gradients
-    _no_split_modules = [*CLIPPreTrainedModel._no_split_modules, "VipAntAudioEmbeddings"]  # noqa: RUF012
+    _no_split_modules = [*CLIPPreTrainedModel._no_split_modules, "VipAntAudioEmbeddings"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

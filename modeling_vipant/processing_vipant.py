@@ -21,7 +21,7 @@ class VipAntProcessor(ProcessorMixin):
         ```
     """
 
-    text_kwargs = {"padding": True, "truncation": True}  # noqa: RUF012 (transformers reads a plain class attribute)
+    text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, feature_extractor=None, image_processor=None, tokenizer=None):
         super().__init__(feature_extractor, image_processor, tokenizer)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "modeling_dali" / "feature_extraction_dali.py"
 TARGET = Path(__file__).with_name("feature_extraction_vipant.py")
-HEADER = "# Made from modeling_dali/feature_extraction_dali.py by `python -m modeling_vipant.sync_front_end`: edit that file.\n"
+HEADER = """\
+# Made from modeling_dali/feature_extraction_dali.py by `python -m modeling_vipant.sync_front_end`: edit that file.
+"""
 REPLACEMENTS = {
     "DaliFeatureExtractor": "VipAntFeatureExtractor",
     "num_frames: int = 1024": "num_frames: int = 1000",

@@ -1,6 +1,7 @@
 """Clips for VIP-ANT's trainers: rows with sound, pictures and captions become tensors, one example at a time.
 
-Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `frames`, `caption` or `captions`, `labels`.
+Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `frames`, `caption` or `captions`, and
+`labels`.
 """
 
 import io
@@ -50,7 +51,7 @@ def load_rows(source: str, split: str | None = None) -> datasets.Dataset:
 
 
 def read_audio(value) -> tuple[np.ndarray, int]:
-    """Waveform `[channels, samples]` and sampling rate of a row's `audio`: a path, bytes or a `datasets.Audio` dict."""
+    """Waveform `[channels, samples]` and rate of a row's `audio`: a path, bytes or a `datasets.Audio` dict."""
     if isinstance(value, dict) and value.get("array") is not None:
         return np.atleast_2d(np.asarray(value["array"], dtype=np.float32)), value["sampling_rate"]
     if isinstance(value, dict):
@@ -83,14 +84,13 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int, fill: float) -> torch.Tensor:
-    """Covers one band of mel bins and one stretch of frames.
+def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int) -> torch.Tensor:
+    """Covers one band of mel bins and one stretch of frames with zeros, the mean of normalised features.
 
     Args:
         features: `[frames, bins]`.
         frequency_mask: Largest width of the band in bins; the width is uniform in `[0, frequency_mask]`.
         time_mask: Largest length of the stretch in frames, likewise.
-        fill: Value of what is covered.
 
     Returns:
         A new tensor.
@@ -102,7 +102,7 @@ def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int, fi
         size = features.shape[dimension]
         width = int(torch.randint(min(largest, size) + 1, ()))
         start = int(torch.randint(size - width + 1, ()))
-        features.narrow(dimension, start, width).fill_(fill)
+        features.narrow(dimension, start, width).zero_()
     return features
 
 
@@ -132,7 +132,7 @@ class ClipDataset(torch.utils.data.Dataset):
         ValueError: If a column is missing.
     """
 
-    COLUMNS = {"audio": ("audio",), "image": ("image", "frames"), "text": ("caption", "captions")}  # noqa: RUF012
+    COLUMNS = {"audio": ("audio",), "image": ("image", "frames"), "text": ("caption", "captions")}
 
     def __init__(
         self,
@@ -191,8 +191,7 @@ class ClipDataset(torch.utils.data.Dataset):
             waveform = waveform[:, : rate * extractor.window_samples // extractor.sampling_rate]
             features = extractor([waveform], sampling_rate=rate, return_tensors="pt")["input_features"][0]
             if self.training and any(self.masks):
-                silence = (extractor.padding_value - extractor.mean) / extractor.std
-                features = spec_augment(features, *self.masks, fill=silence)
+                features = spec_augment(features, *self.masks)
             example["input_features"] = features
         if "image" in self.columns:
             value = row[self.columns["image"]]

@@ -33,6 +33,7 @@ from trainers.clip_data import ClipDataset, load_rows
 from trainers.lars import LARS, lars_groups
 from trainers.losses.barlow_twins import barlow_twins
 from trainers.losses.contrastive import contrastive
+from trainers.metrics.retrieval import retrieval_metrics
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 TOWERS = {
@@ -245,10 +246,8 @@ class ContrastiveTrainer(Trainer):
         """Mean loss of the evaluation batches, and retrieval over the whole set, both ways for each pair.
 
         Returns:
-            `eval_loss`, and for each pair and direction recall and ranks, as `eval_audio_to_image_recall_at_1`.
+            `eval_loss`, and for each pair and direction recall and ranks, as `eval_audio_to_image_r@1`.
         """
-        from trainers.metrics.retrieval import retrieval_metrics
-
         self.model.eval()
         losses, collected = [], {kind: [] for kind in self.args.modalities}
         for batch in self._whole_set(self.eval_dataset if eval_dataset is None else eval_dataset):
@@ -259,11 +258,12 @@ class ContrastiveTrainer(Trainer):
                 collected[kind].append(embeds)
         embeds = {kind: torch.cat(parts) for kind, parts in collected.items()}
         metrics = {"loss": self.accelerator.gather(torch.stack(losses)).mean().item()}
+        own = torch.eye(len(next(iter(embeds.values()))), dtype=torch.bool)
         for pair in self.args.pairs:
             one, other = pair.split("-")
             scores = (embeds[one] @ embeds[other].T).cpu()
             for direction, matrix in ((f"{one}_to_{other}", scores), (f"{other}_to_{one}", scores.T)):
-                metrics |= {f"{direction}_{name}": value for name, value in retrieval_metrics(matrix).items()}
+                metrics |= {f"{direction}_{name}": value for name, value in retrieval_metrics(matrix, own).items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -203,7 +203,7 @@ def test_hidden_states_are_recorded(model, inputs):
 def test_wrong_calls_say_what_is_wrong(model, inputs):
     with pytest.raises(ValueError, match="needs input_features, pixel_values or input_ids"):
         model()
-    with pytest.raises(TypeError, match="unknown arguments: input_feature$"):
+    with pytest.raises(TypeError, match=r"unknown arguments: input_feature$"):
         model(input_ids=inputs["input_ids"], input_feature=inputs["input_features"])
     with pytest.raises(ValueError, match="as many of each"):
         model(input_ids=inputs["input_ids"][:2], input_features=inputs["input_features"], return_loss=True)

@@ -199,7 +199,7 @@ def test_evaluation_reports_loss_and_retrieval_both_ways(tmp_path):
     scores = output.audio_embeds @ output.image_embeds.T
     for name, matrix in (("audio_to_image", scores), ("image_to_audio", scores.T)):
         hits = [(row > row[i]).sum().item() < 5 for i, row in enumerate(matrix)]
-        assert metrics[f"eval_{name}_recall_at_5"] == pytest.approx(np.mean(hits))
+        assert metrics[f"eval_{name}_r@5"] == pytest.approx(np.mean(hits))
 
 
 def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
