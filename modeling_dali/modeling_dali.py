@@ -576,6 +576,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         if isinstance(audio_encoder, (str, os.PathLike)):
             model.load_audio_encoder(audio_encoder)
         model.generation_config = copy.deepcopy(llava.generation_config)
+        model.generation_config.max_new_tokens = 64  # as in the released code
         model.tie_weights()
         if tokenizer is not None:
             model.add_media_tokens(tokenizer)
