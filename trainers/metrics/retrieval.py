@@ -66,7 +66,7 @@ def retrieval_metrics(scores: Tensor, relevant: Tensor, ks: Sequence[int] = (1, 
     best = ranks[:, 0].double()
     place = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
     among_ten = (ranks > 0) & (ranks <= 10)
-    precision = torch.where(among_ten, place / ranks.clamp(min=1), 0.0).double()
+    precision = torch.where(among_ten, place.double() / ranks.clamp(min=1), 0.0)
     average_precision = precision.sum(dim=1) / (ranks > 0).sum(dim=1).clamp(max=10)
     return {
         **{f"r@{k}": (best <= k).double().mean().item() for k in ks},
