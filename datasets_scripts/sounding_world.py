@@ -700,10 +700,12 @@ def _distinct_captions(
     rng: np.random.Generator,
     count: int,
 ) -> list[str]:
-    captions: dict[str, None] = {}
-    while len(captions) < count:
+    captions: dict[str, None] = {}  # keeps their order
+    for _ in range(100 * count):
         captions[style(things, rng)] = None
-    return list(captions)
+        if len(captions) == count:
+            return list(captions)
+    raise ValueError(f"There are no {count} different captions of this scene, only {len(captions)}.")
 
 
 def vocabulary() -> list[str]:
@@ -718,7 +720,6 @@ def vocabulary() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 # Independent random streams of one scene.
 _COMPOSITION, _PICTURE, _MOTION, _SOUND, _SEEN_TEXT, _HEARD_TEXT = range(6)
@@ -746,7 +747,11 @@ class Scene:
         return np.random.default_rng((*self.key, *stream))
 
     def captions(self, style: Literal["seen", "heard"], count: int = 5) -> list[str]:
-        """`count` different captions of what is seen or heard."""
+        """`count` different captions of what is seen or heard; the simplest scenes have six or seven.
+
+        Raises:
+            ValueError: If there are not so many.
+        """
         if style == "seen":
             return _distinct_captions(seen_caption, self.seen, self._rng(_SEEN_TEXT), count)
         return _distinct_captions(heard_caption, self.heard, self._rng(_HEARD_TEXT), count)
@@ -772,11 +777,8 @@ class Scene:
         motion = self._rng(_MOTION, frame) if frame is not None else None
         for thing, (x, y, half), (colour, flip) in zip(self.seen, self.places, looks, strict=True):
             if motion is not None:
-                x, y, half = (
-                    x + motion.uniform(-0.03, 0.03),
-                    y + motion.uniform(-0.03, 0.03),
-                    half * motion.uniform(0.93, 1.05),
-                )
+                x, y = x + motion.uniform(-0.03, 0.03), y + motion.uniform(-0.03, 0.03)
+                half *= motion.uniform(0.93, 1.05)
             thing.draw(Pen(draw, (x * side, y * side), half * side, flip), colour)
         return canvas.reduce(2)
 

@@ -220,6 +220,13 @@ def test_captions_name_what_is_seen_and_heard_and_nothing_else():
             assert named(caption, world.THINGS.values()) == {thing.name for thing in current.seen}, caption
 
 
+def test_more_captions_than_there_are_is_an_error():
+    current = alone(world.THINGS["clock"], 0)
+    assert len(current.captions("heard", 7)) == 7
+    with pytest.raises(ValueError, match="no 8 different captions of this scene, only 7"):
+        current.captions("heard", 8)
+
+
 def test_captions_of_a_scene_differ_and_use_known_words():
     vocabulary = set(world.vocabulary())
     assert len(vocabulary) < 150
