@@ -220,7 +220,7 @@ def chunks(batch: int, elements_per_pair: int, device: torch.device) -> Iterator
     Yields:
         Slices of the batch, in order.
     """
-    size = max(1, CHUNK_ELEMENTS.get(device.type, ACCELERATOR_CHUNK_ELEMENTS) // elements_per_pair)
+    size = max(1, CHUNK_ELEMENTS.get(device.type, ACCELERATOR_CHUNK_ELEMENTS) // max(1, elements_per_pair))
     for start in range(0, batch, size):
         yield slice(start, min(start + size, batch))
 
