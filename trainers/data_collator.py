@@ -363,7 +363,8 @@ class AlignmentCollator:
 
     Args:
         processor: The model's `DaliProcessor`.
-        image_tokens: An [`ImageTokenCache`] to take image tokens from, in place of pictures.
+        image_tokens: An [`ImageTokenCache`] of the training data: training rows take image tokens from it, in place
+            of pictures.
         mask_padding: Whether the batch has `input_features_mask`, so that padding is left out of the loss.
         augment: Whether to add noise and roll.
         max_skipped: Tolerated share of samples that cannot be decoded.
@@ -390,7 +391,7 @@ class AlignmentCollator:
     @property
     def columns(self) -> list[tuple[str, ...]]:
         """The columns it reads, for [`require_columns`]."""
-        return [("audio",)] if self.image_tokens is not None else [("audio",), ("image", "frames")]
+        return [("audio",), ("image", "frames")]
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -402,9 +403,9 @@ class AlignmentCollator:
         pairs = [self.skips.attempt(self.read, row) for row in rows]
         weight = torch.tensor([float(pair is not None) for pair in pairs])
         if not weight.all():
-            blank = self.blank()
+            blank = self.blank(rows[0])
             pairs = [blank if pair is None else pair for pair in pairs]
-        picture = "pixel_values" if self.image_tokens is None else "image_tokens"
+        picture = "image_tokens" if self.is_cached(rows[0]) else "pixel_values"
         batch = {
             "input_features": torch.stack([pair.input_features for pair in pairs]),
             picture: torch.stack([pair.picture for pair in pairs]),
@@ -422,7 +423,7 @@ class AlignmentCollator:
             ValueError, OSError: if that cannot be done.
         """
         rng = sample_rng(self.seed, row)
-        if self.image_tokens is not None:
+        if self.is_cached(row):
             picture = self.image_tokens.read(row["index"], rng)
         else:
             frame = pick_frame(frame_count(row), rng)
@@ -445,10 +446,14 @@ class AlignmentCollator:
         """A picture as the image tower takes it [3, height, width]."""
         return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
-    def blank(self) -> Pair:
-        """What stands in for a sample that cannot be decoded."""
+    def is_cached(self, row: dict) -> bool:
+        """Whether image tokens stand in for the row's pictures."""
+        return self.image_tokens is not None and "epoch" in row
+
+    def blank(self, row: dict) -> Pair:
+        """What stands in for a row that cannot be decoded."""
         features, mask = self.features(blank_sound(self.extractor))
-        if self.image_tokens is not None:
+        if self.is_cached(row):
             return Pair(features, mask, self.image_tokens.blank())
         return Pair(features, mask, self.pixels(Image.new("RGB", (32, 32))))
 

@@ -6,12 +6,12 @@
 - Training rows come in an order, and with an epoch, that follow from (seed, epoch): see `data_collator`.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 TRAINED = "trained.safetensors"  # the weights of a checkpoint
 STAGING = ".incomplete"  # where checkpoints and models are written before they are renamed
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk gives, by way of the library that writes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,9 +197,9 @@ class StageTrainer(Trainer):
         return self.sampler
 
     def freeze(self) -> None:
-        """Puts what does not train into eval mode: no dropout in it. (Checkpointing layers know training mode only.)"""
+        """Puts what does not train into eval mode: no dropout in it."""
         if self.args.activation_checkpointing:
-            return
+            return  # layers checkpoint their activations in training mode only
         for module in self.accelerator.unwrap_model(self.model).children():
             eval_if_frozen(module)
 
@@ -235,7 +236,7 @@ class StageTrainer(Trainer):
                 shutil.rmtree(final, ignore_errors=True)
                 staging.rename(final)
                 staging.parent.rmdir()
-        except Exception as error:
+        except WRITE_ERRORS as error:
             shutil.rmtree(staging, ignore_errors=True)
             last = get_last_checkpoint(output_dir)
             raise OSError(
@@ -271,8 +272,8 @@ class StageTrainer(Trainer):
             try:
                 self.save_result(staging, state_dict)
                 for file in sorted(staging.iterdir()):
-                    os.replace(file, folder / file.name)
-            except Exception as error:
+                    file.replace(folder / file.name)
+            except WRITE_ERRORS as error:
                 raise OSError(
                     f"The result could not be written to {folder}: {error}. No checkpoint is lost."
                 ) from error
@@ -367,8 +368,9 @@ def train_only(model: nn.Module, trained: list[str]) -> None:
 
 
 def eval_if_frozen(module: nn.Module) -> None:
-    """Puts the largest parts of a module in which nothing trains into eval mode."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    """Puts the largest parts of a module that have parameters, none of which trains, into eval mode."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    if trains and not any(trains):
         module.eval()
         return
     for child in module.children():
