@@ -6,6 +6,7 @@
 - Training rows come in an order, and with an epoch, that follow from (seed, epoch): see `data_collator`.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainers.model_card import training_section, write_card
 logger = logging.get_logger(__name__)
 
 TRAINED = "trained.safetensors"  # the weights of a checkpoint
+SETTINGS = "settings.json"  # and the settings it was made with
 STAGING = ".incomplete"  # where checkpoints and models are written before they are renamed
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk gives, by way of the library that writes
 
@@ -263,6 +265,7 @@ class StageTrainer(Trainer):
             if self.args.should_save and not sharded:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: p.detach().contiguous() for name, p in self.trained_parameters()}, folder / TRAINED)
+                (folder / SETTINGS).write_text(self.args.to_json_string())
             return
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
@@ -343,7 +346,17 @@ class StageTrainer(Trainer):
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         if last is not None:
             logger.warning(f"Resuming from {last}. (To start anew: --resume_from_checkpoint false)")
+            self.warn_of_other_settings(Path(last) / SETTINGS)
         return last
+
+    def warn_of_other_settings(self, file: Path) -> None:
+        """Names the settings that are not those of the checkpoint that training resumes from."""
+        if not file.exists():
+            return
+        found, ours = json.loads(file.read_text()), json.loads(self.args.to_json_string())
+        different = sorted(name for name in ours if name in found and ours[name] != found[name])
+        if different := [name for name in different if name not in ("logging_dir", "local_rank", "run_name")]:
+            logger.warning(f"These settings differ from the checkpoint's: {', '.join(different)}.")
 
 
 def train_only(model: nn.Module, trained: list[str]) -> None:
@@ -398,6 +411,7 @@ def load_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.T
         if tensors[name].shape != parameters[name].shape
     ]
     if problems:
-        raise ValueError(f"{source} does not fit: {'; '.join(problems)}.")
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source} does not fit: {'; '.join(problems[:5])}{more}.")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
