@@ -27,6 +27,7 @@ EXTRA_METRICS = ("meteor", "spice", "spider", "fense")
 """What needs Java, downloaded files or both."""
 
 _HELP = {
+    "aac-metrics": 'Install it by `pip install "dali-audio[metrics]"`.',
     "meteor": "It needs Java 8 to 13 and its jar, which `aac-metrics-download` fetches once while online.",
     "spice": "It needs Java 8 to 13 and its jars, which `aac-metrics-download` fetches once while online.",
     "fense": "It needs a sentence encoder and an error detector, fetched by `aac-metrics-download` once while online.",
@@ -150,7 +151,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())
-        raise MetricUnavailableError(f"{name} cannot be computed here ({reason}). {_HELP[name]}") from error
+        raise MetricUnavailableError(f"{name} is not available here ({reason}). {_HELP[name]}") from error
 
 
 def caption_metrics(
@@ -189,7 +190,8 @@ def caption_metrics(
     if len(captions) == 1 and {"cider_d", "spider"} & set(names):
         raise ValueError("CIDEr-D weighs words by how many clips share them: pass two clips or more, or leave it out.")
 
-    from aac_metrics import functional
+    with _explained("aac-metrics"):
+        from aac_metrics import functional
 
     raw = list(captions), [list(clip) for clip in references]
     tokens = _tokenize_all(*raw, tokenizer)
@@ -227,9 +229,7 @@ def _check_fense() -> None:
     encoder = try_to_load_from_cache("sentence-transformers/paraphrase-TinyBERT-L6-v2", "modules.json")
     detector = Path(torch.hub.get_dir(), "fense_data", "echecker_clotho_audiocaps_base.ckpt")
     if not isinstance(encoder, str) or not detector.is_file():
-        raise MetricUnavailableError(
-            f"fense cannot be computed here (its models are not downloaded). {_HELP['fense']}"
-        )
+        raise MetricUnavailableError(f"fense is not available here (its models are not downloaded). {_HELP['fense']}")
 
 
 def _tokenize_all(

@@ -1,6 +1,7 @@
 import csv
 import math
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -188,6 +189,12 @@ def test_missing_files_are_told_with_the_remedy(monkeypatch, tmp_path):
             caption_metrics(captions, references, [name])
     scores = caption_metrics(captions, references, "all")
     assert set(scores.corpus) == set(METRICS) and set(scores.missing) == set(EXTRA_METRICS)
+
+
+def test_missing_package_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aac_metrics", None)
+    with pytest.raises(MetricUnavailableError, match=r"pip install \"dali-audio\[metrics\]\""):
+        caption_metrics(["a dog", "a cat"], [["a dog"], ["a cat"]])
 
 
 def test_missing_java_is_told(monkeypatch, tmp_path):
