@@ -18,7 +18,7 @@ import pickle
 import sqlite3
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,8 @@ class Folder:
     def sweep(self) -> None:
         """Removes what interrupted writes left on a local disk."""
         if self.local:
-            for folder in (".", "shards", "reports"):
-                for leftover in Path(self.root, folder).glob(".*.partial"):
+            for pattern in (".*.partial", "*/.*.partial"):
+                for leftover in Path(self.root).glob(pattern):
                     leftover.unlink(missing_ok=True)
 
 
@@ -272,7 +272,11 @@ def grouped(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def commit_shard(
-    folder: Folder, index: int, outcomes: Iterable[dict[str, Any]], shard_format: str = "parquet"
+    folder: Folder,
+    index: int,
+    outcomes: Iterable[dict[str, Any]],
+    shard_format: str = "parquet",
+    features: datasets.Features = FEATURES,
 ) -> dict[str, Any]:
     """Writes one shard and then its report, which makes it count.
 
@@ -281,6 +285,7 @@ def commit_shard(
         index: of the shard.
         outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`.
         shard_format: "parquet" or "tar".
+        features: of the records in parquet.
 
     Returns:
         The report.
@@ -298,9 +303,8 @@ def commit_shard(
                 yield outcome
 
     name = f"shards/{shard_name(index)}.{shard_format}"
-    write: Callable[[Any, Any], int] = write_tar if shard_format == "tar" else write_parquet
     with folder.writing(name) as file:
-        count = write(file, rows())
+        count = write_tar(file, rows()) if shard_format == "tar" else write_parquet(file, rows(), features)
     report = {
         "file": {"name": name, "rows": count, "bytes": file.size, "sha256": file.digest()},
         "clips": count + len(failures),
@@ -343,6 +347,8 @@ def finish(folder: Folder, plan: dict[str, Any]) -> dict[str, Any]:
 def _card(manifest: dict[str, Any]) -> str:
     settings = manifest["plan"]["settings"]
     glob = f"shards/*.{settings['shard_format']}"
+    rule = manifest["plan"].get("filter")
+    kept = f"Kept of {rule['of']} by the smallest `score`: {rule['score']}." if rule else ""
     failures = "".join(f"- {reason}: {count}\n" for reason, count in sorted(manifest["failures"].items()))
     return f"""---
 configs:
@@ -359,6 +365,7 @@ task_categories:
 
 Columns: `id`, `audio` (bytes), `frames` (list of bytes), `frame_times` (seconds from the clip's start), `labels`,
 `source` (file), `start` (of the clip in its file, seconds), `duration` (of the sound, seconds).
+{kept}
 
 Clips that could not be read (see `failures.jsonl`):
 

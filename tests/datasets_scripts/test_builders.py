@@ -218,10 +218,10 @@ def test_esc50(tmp_path, capsys):
     assert "3 of 2000 clips are there" in (output := capsys.readouterr().out) and "2-100-A-0" in output
     assert json.loads((tmp_path / "report.json").read_text())[0]["missing"] == ["2-100-A-0"]
     write(table, header, "1-100-A-0.wav,2,0,dog,True,1,A")
-    with pytest.raises(ValueError, match="line 2: 1-100-A-0.wav is of fold 1"):
+    with pytest.raises(ValueError, match=r"line 2: 1-100-A-0.wav is of fold 1"):
         esc50(tmp_path)
     write(table, header, "6-100-A-0.wav,6,0,dog,True,1,A")
-    with pytest.raises(ValueError, match="line 2: .* is not like FOLD-CLIP-TAKE-TARGET"):
+    with pytest.raises(ValueError, match=r"line 2: .* is not like FOLD-CLIP-TAKE-TARGET"):
         esc50(tmp_path)
     assert check_main(["esc50", str(tmp_path / "none")]) == 2
     assert "get them from https" in capsys.readouterr().err
@@ -237,7 +237,7 @@ def test_urbansound8k(tmp_path):
     dataset = urbansound8k(tmp_path)
     assert dataset["fold"] == [5, 10] and dataset["labels"] == [["dog_bark"], ["gun_shot"]]
     write(table, header, lines[0].replace(",3,dog", ",4,dog"))
-    with pytest.raises(ValueError, match="line 2: .* is of class 3 by its name, not 4"):
+    with pytest.raises(ValueError, match=r"line 2: .* is of class 3 by its name, not 4"):
         urbansound8k(tmp_path)
 
 
