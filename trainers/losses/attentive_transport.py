@@ -152,6 +152,7 @@ def attentive_transport(
         return_plan=True,
         **solver_options,
     )
+    assert isinstance(transport, Transport)
     entropies = _entropy(audio_weights, audio_tokens, audio_mask) + _entropy(image_weights, image_tokens, image_mask)
     if pair_confidence is not None:
         entropies = entropies * pair_confidence

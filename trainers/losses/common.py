@@ -15,7 +15,7 @@ ACCELERATOR_CHUNK_ELEMENTS = 2**27
 class Checks:
     """Collects conditions that would make a loss meaningless; one transfer from the device tells whether any holds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Start with nothing found."""
         self._found: list[tuple[Tensor, str]] = []
 
@@ -197,7 +197,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     outside = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -98,7 +98,7 @@ def _signed_kernel_sum(z: Tensor, real: Tensor, n: int, grad_rows: int) -> tuple
     root = 2 * torch.where(bandwidth > 0, bandwidth, 1).sqrt()[:, None, None]
     z /= root  # |z_i - z_j|^2 is now D / 4b
     half = z.square().sum(2)
-    signed_z = z * sign[..., None] if grad_rows else None
+    signed_z = z * sign[..., None]
 
     value = z.new_zeros(len(z), dtype=torch.float64)
     slope_sum = z.new_zeros(len(z), grad_rows)  # sum_j s_j K'_ij, up to its minus sign

@@ -212,13 +212,11 @@ class _Scalings:
         self.support_a, self.support_b = (a > 0).to(a.dtype), (b > 0).to(b.dtype)
         self.log_a, self.log_b = a.clamp(min=self.tiny).log(), b.clamp(min=self.tiny).log()
         self.penalty = marginal_penalty
-        self.g = torch.zeros_like(b)
-        self.log_v = torch.zeros_like(b)
+        self.g, self.log_v, self.eps = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(unit)[:, None]
 
     def absorb(self, epsilon: float) -> None:
         """Take a log-domain step in f and form the kernel about (f, g) at this epsilon."""
-        if hasattr(self, "eps"):
-            self.g = self.g + self.eps * self.log_v
+        self.g = self.g + self.eps * self.log_v
         self.eps = (epsilon * self.unit)[:, None]
         self.damping = 1.0 if self.penalty is None else self.penalty / (self.penalty + epsilon)
         kernel = self.g.masked_fill(self.support_b == 0, -torch.inf)[:, None] - self.cost
@@ -274,4 +272,5 @@ class _Scalings:
             return f_new, g_new
         # With KL marginals p_i = a_i exp(-f_i / rho), and the slope of the optimum is (rho + epsilon)(1 - p_i / a_i).
         rho = self.penalty * self.unit[:, None]
-        return tuple((rho + self.eps) * -torch.expm1(-self.damping * h / rho) for h in (f_new, g_new))
+        f_slope, g_slope = ((rho + self.eps) * -torch.expm1(-self.damping * h / rho) for h in (f_new, g_new))
+        return f_slope, g_slope
