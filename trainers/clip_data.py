@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from modeling_dali.audio_io import load_audio
+from modeling_vipant.feature_extraction_vipant import prepare_clips
 
 logger = logging.get_logger(__name__)
 
@@ -186,13 +187,7 @@ class ClipDataset(torch.utils.data.Dataset):
         """One row's tensors: `input_features` `[frames, bins]`, `pixel_values`, `input_ids`, `labels`."""
         example = {}
         if "audio" in self.columns:
-            extractor = self.processor.feature_extractor
-            waveform, rate = read_audio(row["audio"])
-            waveform = waveform[:, : rate * extractor.window_samples // extractor.sampling_rate]
-            features = extractor([waveform], sampling_rate=rate, return_tensors="pt")["input_features"][0]
-            if self.training and any(self.masks):
-                features = spec_augment(features, *self.masks)
-            example["input_features"] = features
+            example["input_features"] = self.features(self.waveform(row))
         if "image" in self.columns:
             value = row[self.columns["image"]]
             if self.columns["image"] == "frames":
@@ -210,15 +205,35 @@ class ClipDataset(torch.utils.data.Dataset):
             example["labels"] = self.encode_labels(row["labels"])
         return example
 
+    def waveform(self, row: dict) -> torch.Tensor:
+        """A row's sound as the front end needs it: `[samples]`, at most one window, at the extractor's rate."""
+        extractor = self.processor.feature_extractor
+        waveform, rate = read_audio(row["audio"])
+        waveform = waveform[:1, : rate * extractor.window_samples // extractor.sampling_rate]
+        return prepare_clips([waveform], rate, extractor.sampling_rate)[0]
+
+    def features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Spectrogram `[frames, bins]`, masked in training."""
+        extractor = self.processor.feature_extractor
+        features = extractor([waveform], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        features = features["input_features"][0]
+        return spec_augment(features, *self.masks) if self.training and any(self.masks) else features
+
     def collate(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Stacks examples; texts are padded to the longest and get an `attention_mask`."""
-        batch = {
-            name: torch.stack([example[name] for example in examples])
-            for name in ("input_features", "pixel_values", "labels")
-            if name in examples[0]
-        }
-        if "input_ids" in examples[0]:
-            batch |= self.processor.tokenizer.pad(
-                {"input_ids": [example["input_ids"] for example in examples]}, return_tensors="pt"
-            )
-        return batch
+        """A batch as the model takes it."""
+        return stack(examples, self.processor.tokenizer)
+
+
+def stack(examples: list[dict[str, torch.Tensor]], tokenizer) -> dict[str, torch.Tensor]:
+    """Stacks examples; texts are padded to the longest and get an `attention_mask`.
+
+    Args:
+        examples: As `ClipDataset` gives them.
+        tokenizer: Pads the texts.
+    """
+    names = [name for name in ("input_features", "pixel_values", "labels") if name in examples[0]]
+    batch = {name: torch.stack([example[name] for example in examples]) for name in names}
+    if "input_ids" in examples[0]:
+        texts = {"input_ids": [example["input_ids"] for example in examples]}
+        batch |= tokenizer.pad(texts, return_tensors="pt")
+    return batch
