@@ -436,8 +436,9 @@ class DaliModel(LlavaModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)
-        # Text that continues a cache was written by the model: it has no placeholders to fill, whatever its ids.
-        is_start = past_key_values is None or past_key_values.get_seq_length() == 0
+        # Text that continues a cache was written by the model: it has no placeholders to fill, whatever its ids. The
+        # length is asked first: for a static cache the second question waits for the device.
+        is_start = inputs_embeds.shape[1] > 1 and (past_key_values is None or past_key_values.get_seq_length() == 0)
         if is_start or any(given is not None for given in features.values()):
             inputs_embeds = self.fill_placeholders("image", features["image"], input_ids, inputs_embeds)
             inputs_embeds = self.fill_placeholders("audio", features["audio"], input_ids, inputs_embeds)
