@@ -5,7 +5,10 @@ CONSTRAINTS ?= constraints-cpu.txt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint typecheck clean
+# What `make demo` captions at its end: real files where they are at hand, else sounds of the demo's own world.
+FILES ?= $(wildcard ../shared/data/videos/*.mp4) $(wordlist 1,6,$(wildcard ../shared/data/stamps/*.ogg))
+
+.PHONY: setup demo demo-vipant ablation test lint typecheck clean
 
 setup: $(STAMP)
 
@@ -14,6 +17,16 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo
+	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model runs/demo/model $(or $(FILES),$(wildcard runs/demo/samples/*.wav))
+
+demo-vipant: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo_vipant
+
+ablation: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.ablation
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
