@@ -239,6 +239,8 @@ class AlignmentTrainer(StageTrainer):
         if args.cache_image_tokens is not None:
             collator.image_tokens = cache_image_tokens(model, processor, args, train_dataset)
         trained = ["audio_tower", "audio_projection", *(["scorer"] if args.loss == "attentive_ot" else [])]
+        if args.ddp_find_unused_parameters is None:  # scorers rest while weights are uniform
+            args.ddp_find_unused_parameters = args.loss == "attentive_ot"
         wrapper = AlignmentModel(model, args)
         super().__init__(
             wrapper,

@@ -120,7 +120,12 @@ class DistillationTrainer(StageTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.lora_rank:
             state_dict = merged_state(model, state_dict)
-        model.save_pretrained(folder, state_dict=state_dict)
+        model_class = type(model)
+        try:
+            model.__class__ = DaliForConditionalGeneration  # FSDP gives it another one, whose code would be saved
+            model.save_pretrained(folder, state_dict=state_dict)
+        finally:
+            model.__class__ = model_class
         self.processing_class.save_pretrained(folder)
 
 

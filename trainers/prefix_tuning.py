@@ -100,9 +100,13 @@ class PrefixTuningTrainer(StageTrainer):
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Writes the prefix as a PEFT adapter."""
         model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None:
-            model.model.prefix = nn.Parameter(state_dict["model.prefix"])
-        model.save_prefix(folder)
+        prefix = model.model.prefix
+        try:
+            if state_dict is not None:
+                model.model.prefix = nn.Parameter(state_dict["model.prefix"])
+            model.save_prefix(folder)
+        finally:
+            model.model.prefix = prefix
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

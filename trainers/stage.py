@@ -163,10 +163,15 @@ class StageTrainer(Trainer):
             logger.warning("One of several GPUs is used: start with torchrun or accelerate launch to use them all.")
             args._n_gpu = 1
         args.remove_unused_columns = False  # the collator reads raw columns
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
         for name, rows in (("training", train_dataset), ("evaluation", eval_dataset)):
             if rows is not None:
                 require_columns(rows, data_collator.columns, name)
         train_only(model, trained)
+        # FSDP shards by these names, and refuses one that the model does not have.
+        present = {type(module).__name__ for module in model.modules()}
+        model._no_split_modules = sorted(present & set(model._no_split_modules or ()))  # type: ignore[arg-type]
         self.sampler = None
         super().__init__(
             model,
@@ -177,6 +182,8 @@ class StageTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"FSDP was asked for, but accelerate does not shard on {args.device.type} devices.")
         self.add_callback(_SetEpoch(self))
 
     @staticmethod
