@@ -1,6 +1,6 @@
 """AudioCaps: captions of AudioSet clips, one each in the training split, five in the others."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,12 @@ def audiocaps(table: str | Path, media: str | Path) -> datasets.Dataset:
 def rows(table: str | Path, media: str | Path) -> Iterator[dict[str, Any]]:
     """Yields one row a clip; `audio` is None where the file is missing."""
     clips: dict[tuple[str, float], list[str]] = {}
-    columns = {"audiocap_id": int, "youtube_id": check_youtube_id, "start_time": parse_seconds, "caption": text}
+    columns: dict[str, Callable[[str], Any]] = {
+        "audiocap_id": int,
+        "youtube_id": check_youtube_id,
+        "start_time": parse_seconds,
+        "caption": text,
+    }
     seen = set()
     for line, row in read_table(table, columns):
         if row["audiocap_id"] in seen:

@@ -373,7 +373,7 @@ def _decode_frames(
         raise ClipError("empty", "the video track holds no frame in this segment")
     stamps = sorted(shown)
     nearest = [_nearest(stamps, time / float(video.time_base)) for time in wanted]
-    images = {}
+    images: dict[int, Image.Image] = {}
     codec = video.codec_context
     chosen = sorted(set(nearest), key=shown.__getitem__)  # in order of decoding
     position = -1  # of the last packet that was fed

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Card:
 
 
 def read_table(
-    path: str | Path, columns: dict[str, Callable[[str], Any]], header: bool = True
+    path: str | Path, columns: Mapping[str, Callable[[str], Any]], header: bool = True
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads a CSV file line by line.
 

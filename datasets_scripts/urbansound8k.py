@@ -1,7 +1,7 @@
 """UrbanSound8K: 8732 sounds of up to four seconds, ten classes, ten folds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ def urbansound8k(folder: str | Path) -> datasets.Dataset:
 def rows(folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
     """Yields the rows; `audio` is None where the file is missing."""
     table = Path(folder, "metadata", "UrbanSound8K.csv")
-    columns = {"slice_file_name": file_name, "fold": int, "classID": int, "class": text}
+    columns: dict[str, Callable[[str], Any]] = {
+        "slice_file_name": file_name,
+        "fold": int,
+        "classID": int,
+        "class": text,
+    }
     for line, row in read_table(table, columns):
         parts = _NAME.fullmatch(row["slice_file_name"])
         if not parts:

@@ -77,7 +77,7 @@ class GuardedPool:
             Exception: what the function raised.
         """
         source = iter(items)
-        busy: dict[Connection, tuple[_Child, Any]] = {}
+        busy: dict[Any, tuple[_Child, Any]] = {}  # by connection
         while True:
             while len(busy) < self._workers and (pair := next(source, None)) is not None:
                 child = self._idle({child for child, _ in busy.values()})
@@ -86,7 +86,7 @@ class GuardedPool:
             if not busy:
                 return
             for connection in wait_readable(list(busy)):
-                child, key = busy.pop(connection)  # type: ignore[arg-type]
+                child, key = busy.pop(connection)
                 try:
                     result = child.connection.recv()
                     if result == _READY:
@@ -246,7 +246,7 @@ def _run_on_ray(
         source = iter(tasks)
         while batch := [{"task": pickle.dumps(task)} for task in itertools.islice(source, wave)]:
             rows = ray.data.from_items(batch, override_num_blocks=len(batch)).map(
-                _RayCall,
+                _RayCall,  # type: ignore[arg-type]
                 fn_constructor_args=(function,),
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 num_cpus=1,

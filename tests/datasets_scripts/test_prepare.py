@@ -296,7 +296,10 @@ def test_hostile_sources_cost_little_and_write_nothing_outside(videos, tmp_path)
     }
     assert (content(outside), sorted(path.name for path in source.iterdir())) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "outside", "source"]
-    members = [name for shard in (output / "shards").iterdir() for name in tarfile.open(shard).getnames()]
+    members: list[str] = []
+    for shard in (output / "shards").iterdir():
+        with tarfile.open(shard) as archive:
+            members += archive.getnames()
     assert all("/" not in name and not name.startswith(".") for name in members)
     assert {
         "good.flac",

@@ -86,13 +86,14 @@ def make_video(
                 stream.set_display_rotation(rotation)
         if audio:
             track = container.add_stream(audio, rate=rate, layout=layout)
-        if video:  # interleaving is left to the muxer
+        packets = []
+        if video:
             for i, time in enumerate(times):
                 frame = av.VideoFrame.from_ndarray(picture(i), "rgb24").reformat(format=stream.pix_fmt)
                 frame.time_base = stream.codec_context.time_base
                 frame.pts = round(Fraction(time) / frame.time_base)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
+                packets += stream.encode(frame)
+            packets += stream.encode(None)
         if audio:
             total = round((audio_seconds or seconds) * rate)
             resampler = av.AudioResampler(track.format, track.layout, rate, frame_size=track.frame_size or 1024)
@@ -102,10 +103,11 @@ def make_video(
                 frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), "fltp", layout)
                 frame.rate, frame.pts, frame.time_base = rate, first, Fraction(1, rate)
                 for part in resampler.resample(frame):
-                    container.mux(track.encode(part))
+                    packets += track.encode(part)
             for part in resampler.resample(None):
-                container.mux(track.encode(part))
-            container.mux(track.encode(None))
+                packets += track.encode(part)
+            packets += track.encode(None)
+        container.mux(sorted(packets, key=lambda packet: packet.dts * packet.time_base))  # as players want them
     return times
 
 
