@@ -173,7 +173,7 @@ ITEM = """<li><span class="rank">{rank}</span>
 <div><div class="path">{path}</div>
 <div class="score"><meter min="0" max="1" value="{value}" aria-label="similarity"></meter>
 {score} · {duration}</div></div>
-<audio controls preload="none" src="{source}" aria-label="{path}"></audio></li>"""
+<audio controls preload="metadata" src="{source}" aria-label="{path}"></audio></li>"""
 
 
 def page(query: str, hits: Sequence[Hit], library: Path, folder: Path) -> str:

@@ -85,14 +85,24 @@ class InMemory(torch.utils.data.Dataset):
         return stack(examples, self.processor.tokenizer)
 
 
-def new_clip(captions: list[str]) -> tuple[CLIPModel, VipAntProcessor]:
-    """A small untrained CLIP, and a processor whose tokenizer is trained on the captions."""
+def new_processor(captions: list[str]) -> VipAntProcessor:
+    """A processor whose tokenizer is trained on the captions."""
     letters = list(bytes_to_unicode().values())
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     blank = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=32)
     # Every letter, inside and at the end of a word, so that words of other people can be spelt.
     alphabet = [f"{letter}{letter}" for letter in string.ascii_lowercase + string.digits]
     tokenizer = blank.train_new_from_iterator([captions, alphabet], vocab_size=600, show_progress=False)
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return VipAntProcessor(
+        VipAntFeatureExtractor(num_frames=NUM_FRAMES),
+        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side),
+        tokenizer,
+    )
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A small untrained CLIP."""
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -115,13 +125,7 @@ def new_clip(captions: list[str]) -> tuple[CLIPModel, VipAntProcessor]:
         },
         projection_dim=64,
     )
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    processor = VipAntProcessor(
-        VipAntFeatureExtractor(num_frames=NUM_FRAMES),
-        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side),
-        tokenizer,
-    )
-    return CLIPModel(config), processor
+    return CLIPModel(config)
 
 
 def audio_model(clip: CLIPModel) -> VipAntModel:
@@ -225,7 +229,12 @@ def run(output: Path, sizes: dict[str, int] = SIZES, steps: dict[str, int] = STE
         split: sounding_world(split, size, seed, image_size=IMAGE_SIZE, cache_dir=output / "data")
         for split, size in sizes.items()
     }
-    clip, processor = new_clip([caption for row in world["captions"]["captions"] for caption in row])
+    if (output / "processor").exists():  # a tokenizer trained again may have other merges
+        processor = VipAntProcessor.from_pretrained(output / "processor")
+    else:
+        processor = new_processor([caption for row in world["captions"]["captions"] for caption in row])
+        processor.save_pretrained(output / "processor")
+    clip = new_clip(processor.tokenizer)
 
     def train_clip() -> CLIPModel:
         rows = InMemory(world["captions"].select_columns(["image", "captions"]), processor, masks=(0, 0))

@@ -108,7 +108,7 @@ def test_table_and_page(sounds, models, tmp_path, capsys):
     table = capsys.readouterr().out
     assert len(re.findall(r"^ +[12] +-?\d\.\d{3} +0:00\.6 +\S+$", table, re.MULTILINE)) == 2
     text = (tmp_path / "out" / "page.html").read_text()
-    sources = re.findall(r'<audio controls preload="none" src="([^"]+)"', text)
+    sources = re.findall(r'<audio controls preload="metadata" src="([^"]+)"', text)
     assert len(sources) == 2
     assert all((tmp_path / "out" / source).resolve().is_file() for source in sources)
 

@@ -63,7 +63,7 @@ def run(data, model, output, *options):
 
 
 def test_tagging_learns_and_saves_a_labelled_model(data, model, tmp_path):
-    run(data, model, tmp_path, "--eval_split", "train", "--num_train_epochs", "8", "--balanced", "false")
+    run(data, model, tmp_path, "--eval_split", "train", "--num_train_epochs", "20")
     metrics = json.loads((tmp_path / "eval_results.json").read_text())
     assert metrics["eval_map"] > 0.95
     classifier = VipAntForAudioClassification.from_pretrained(tmp_path)
