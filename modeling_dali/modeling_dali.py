@@ -411,8 +411,13 @@ class DaliModel(LlavaModel):
                 has as many fewer placeholders (`trim_padding=True` of the processor).
 
         Raises:
+            TypeError: for an argument that the model does not know: it would be left out without a word.
             ValueError: if placeholders and features differ in number.
         """
+        known = {"use_cache", *TransformersKwargs.__annotations__}
+        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
+        if unknown:
+            raise TypeError(f"Unknown inputs {unknown}: sound is `input_features`, images are `pixel_values`.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         encoded = dict(mm_encoder_outputs or {})
@@ -738,24 +743,14 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs,
     ) -> DaliCausalLMOutputWithPast:
         """
         Args:
             labels: [B, length]; token ids to predict, -100 where there is nothing to predict.
 
-        All other arguments are those of [`DaliModel.forward`].
-
-        Raises:
-            TypeError: for an argument that the model does not know: it would be left out without a word.
-            ValueError: if placeholders and features differ in number.
+        All other arguments, and the errors, are those of [`DaliModel.forward`].
         """
-        unknown = [
-            name for name in kwargs if name not in TransformersKwargs.__annotations__ and kwargs[name] is not None
-        ]
-        if unknown:
-            raise TypeError(f"Unknown inputs {unknown}: sound is `input_features`, images are `pixel_values`.")
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -769,7 +764,6 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             input_features=input_features,
             input_features_mask=input_features_mask,
-            use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
