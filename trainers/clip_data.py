@@ -6,7 +6,6 @@ Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `fra
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,39 +15,13 @@ from transformers.utils import logging
 
 from modeling_dali.audio_io import load_audio
 from modeling_vipant.feature_extraction_vipant import prepare_clips
+from trainers.data_collator import require_columns, without_decoding
 
 logger = logging.get_logger(__name__)
 
 
 class TooManyUnreadableError(RuntimeError):
     """More clips than allowed could not be read."""
-
-
-def load_rows(source: str, split: str | None = None) -> datasets.Dataset:
-    """Opens a data set by name or path.
-
-    Args:
-        source: A folder saved by `datasets`, a folder or file of parquet, JSON lines or CSV, or a name on the Hub.
-        split: Of the data set, where it has several.
-
-    Returns:
-        The rows; sounds and pictures are not decoded yet.
-
-    Raises:
-        ValueError: If `split` does not name one of several splits.
-    """
-    path = Path(source)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        rows = datasets.load_from_disk(source)
-        rows = rows[split] if isinstance(rows, datasets.DatasetDict) and split in rows else rows
-    elif path.is_file():
-        kind = {"jsonl": "json"}.get(path.suffix[1:], path.suffix[1:])
-        rows = datasets.load_dataset(kind, data_files=source, split="train")
-    else:
-        rows = datasets.load_dataset(source, split=split)
-    if isinstance(rows, dict):
-        raise ValueError(f"{source} has the splits {', '.join(rows)}; name one of them, not {split!r}")
-    return rows
 
 
 def read_audio(value) -> tuple[np.ndarray, int]:
@@ -67,22 +40,6 @@ def read_image(value) -> Image.Image:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).convert("RGB")
-
-
-def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
-    """The same rows with sounds and pictures as paths and bytes, so that only what is used is decoded."""
-    undecoded_features = {
-        "audio": datasets.Audio(decode=False),
-        "image": datasets.Image(decode=False),
-        "frames": datasets.List(datasets.Image(decode=False)),
-    }
-    for name, feature in undecoded_features.items():
-        old = rows.features.get(name)
-        if isinstance(old, (datasets.Audio, datasets.Image)) or isinstance(
-            getattr(old, "feature", None), datasets.Image
-        ):
-            rows = rows.cast_column(name, feature)
-    return rows
 
 
 def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int) -> torch.Tensor:
@@ -130,7 +87,7 @@ class ClipDataset(torch.utils.data.Dataset):
         encode_labels: Turns a row's `labels` into a tensor, for tagging.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If the data set is empty or a column is missing.
     """
 
     COLUMNS = {"audio": ("audio",), "image": ("image", "frames"), "text": ("caption", "captions")}
@@ -146,21 +103,17 @@ class ClipDataset(torch.utils.data.Dataset):
         max_unreadable: float = 0.01,
         encode_labels: Callable | None = None,
     ):
-        self.rows = undecoded(rows)
+        require_columns(rows, [self.COLUMNS[modality] for modality in modalities], "VIP-ANT")
+        self.rows = without_decoding(rows)
         self.processor = processor
         self.training = training
         self.masks = (frequency_mask, time_mask)
         self.max_unreadable = max_unreadable
         self.encode_labels = encode_labels
-        self.columns = {}
-        for modality in modalities:
-            present = [name for name in self.COLUMNS[modality] if name in rows.column_names]
-            if not present:
-                raise ValueError(
-                    f"{modality} needs a column {' or '.join(self.COLUMNS[modality])}; "
-                    f"the data set has {', '.join(rows.column_names)}"
-                )
-            self.columns[modality] = present[0]
+        self.columns = {
+            modality: next(name for name in self.COLUMNS[modality] if name in rows.column_names)
+            for modality in modalities
+        }
         self.read = self.unreadable = 0
 
     def __len__(self) -> int:

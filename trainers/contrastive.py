@@ -12,28 +12,26 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-import yaml
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPImageProcessorPil,
-    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
-from trainers.clip_data import ClipDataset, load_rows
+from trainers.clip_data import ClipDataset
 from trainers.lars import LARS, lars_groups
 from trainers.losses.barlow_twins import barlow_twins
 from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
+from trainers.recipes import load_rows, parse_recipe
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 TOWERS = {
@@ -342,28 +340,6 @@ def load_model_and_processor(name: str, num_frames: int = 1000) -> tuple[VipAntM
         AutoTokenizer.from_pretrained(name),
     )
     return VipAntModel.from_clip(name, num_frames=num_frames), processor
-
-
-def parse_recipe(config_class, arguments: Sequence[str]):
-    """Settings from a recipe and the command line, which wins.
-
-    Args:
-        config_class: The dataclass to fill.
-        arguments: `[recipe.yaml] [--field value ...]`.
-
-    Raises:
-        ValueError: For a name in the recipe that is no field.
-        SystemExit: For an unknown `--field`.
-    """
-    parser = HfArgumentParser(config_class)
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(arguments[0]).read_text())
-        if unknown := sorted(recipe.keys() - {field.name for field in fields(config_class)}):
-            raise ValueError(f"{arguments[0]}: no such setting: {', '.join(unknown)}")
-        parser.set_defaults(**recipe)
-        arguments = arguments[1:]
-    (config,) = parser.parse_args_into_dataclasses(list(arguments))
-    return config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

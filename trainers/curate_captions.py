@@ -28,7 +28,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 import modeling_vipant  # noqa: F401 (makes AutoModel know VIP-ANT)
-from trainers.clip_data import load_rows, read_image, undecoded
+from trainers.clip_data import read_image
+from trainers.data_collator import without_decoding
+from trainers.recipes import load_rows
 
 
 def read_captions(path: str | Path) -> list[tuple[int, str]]:
@@ -192,7 +194,7 @@ def curate(
     state.wait_for_everyone()
 
     caption_blocks = [np.load(path, mmap_mode="r") for path in caption_files]
-    rows = undecoded(rows)
+    rows = without_decoding(rows)
     starts = range(0, len(rows), clips_per_block)
     index_files = [blocks / f"index-{i:06d}.jsonl" for i in range(len(starts))]
     for i, path in _unfinished(index_files, state, "frames"):

@@ -30,8 +30,7 @@ from datasets_scripts.sounding_world import SOUNDING, sounding_world
 from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
 from trainers.clip_data import pick, read_audio, read_image, spec_augment, stack
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
-from trainers.metrics.classification import class_prompts, classification_metrics, ensemble_prompts, zero_shot_scores
-from trainers.metrics.retrieval import audio_text_retrieval_metrics
+from trainers.evaluate_vipant import evaluate_classification, evaluate_retrieval
 
 IMAGE_SIZE, PATCH, NUM_FRAMES = 64, 16, 256
 SIZES = {"captions": 8000, "video": 3000, "supervised": 3000, "test": 300}
@@ -152,7 +151,6 @@ def train(model: VipAntModel, rows: InMemory, output: Path, steps: int, seed: in
     ContrastiveTrainer(model, config, train_dataset=rows, data_collator=rows.collate).train()
 
 
-@torch.inference_mode()
 def evaluate(model: VipAntModel, processor: VipAntProcessor, test: datasets.Dataset) -> dict[str, float]:
     """Zero-shot classification of single things, and retrieval between sounds and their captions.
 
@@ -166,29 +164,15 @@ def evaluate(model: VipAntModel, processor: VipAntProcessor, test: datasets.Data
         metrics of `audio_text_retrieval_metrics` over all clips and five captions each.
     """
     model.eval()
-
-    def texts(sentences: list[str]) -> torch.Tensor:
-        return model.get_text_features(**processor(text=sentences, return_tensors="pt")).pooler_output
-
-    features = InMemory(test.select_columns(["audio"]), processor, masks=None)
-    audio = torch.cat(
-        [
-            model.get_audio_features(
-                features.collate(features.examples[i : i + 50])["input_features"].float()
-            ).pooler_output
-            for i in range(0, len(features), 50)
-        ]
-    )
     names = [thing.name for thing in SOUNDING]
-    single = [i for i, labels in enumerate(test["labels"]) if len(labels) == 1 and labels[0] in names]
-    classes = ensemble_prompts(torch.stack([texts(prompts) for prompts in class_prompts(names, PROMPTS)]))
-    targets = torch.tensor([names.index(test["labels"][i][0]) for i in single])
-    accuracy = classification_metrics(zero_shot_scores(audio[single], classes), targets)["accuracy"]
-
-    captions = [caption for row in test["captions"] for caption in row]
-    owner = [clip for clip, row in enumerate(test["captions"]) for _ in row]
-    retrieval = audio_text_retrieval_metrics(audio @ texts(captions).T, owner)
-    return {"accuracy": accuracy, "clips": len(single), "chance": 1 / len(names), **retrieval}
+    single = test.filter(lambda labels: len(labels) == 1 and labels[0] in names, input_columns="labels")
+    classification = evaluate_classification(model, processor, single, PROMPTS, names)["ensemble"]
+    return {
+        "accuracy": classification["accuracy"],
+        "clips": len(single),
+        "chance": 1 / len(names),
+        **evaluate_retrieval(model, processor, test),
+    }
 
 
 def stage(folder: Path, load: Callable[[], PreTrainedModel], make: Callable[[], PreTrainedModel]) -> tuple:
@@ -304,10 +288,12 @@ def report(results: dict) -> str:
     lines = [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(f"{results[name][key]:.3g}" for key in columns) + " |" for name in rows]
     first = results[rows[0]]
-    seconds = ", ".join(f"{stage} {s['wall']:.0f} s ({s['cpu']:.0f} s CPU)" for stage, s in results["seconds"].items())
+    seconds = ", ".join(
+        f"{name} {taken['wall']:.0f} s ({taken['cpu']:.0f} s CPU)" for name, taken in results["seconds"].items()
+    )
     return (
         "# VIP-ANT on the sounding world\n\n" + "\n".join(lines) + "\n\n"
-        f"Accuracy over {first['clips']} clips of one thing, chance {first['chance']:.3f}; retrieval over all clips of "
+        f"Accuracy over {first['clips']} clips of one thing, chance {first['chance']:.3f}. Retrieval is over all clips of "
         f"the test split, five captions each, many of which say the same.\n\nTraining: {seconds}.\n"
     )
 

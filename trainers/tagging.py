@@ -16,9 +16,9 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from modeling_vipant import VipAntForAudioClassification, VipAntProcessor
-from trainers.clip_data import ClipDataset, load_rows
-from trainers.contrastive import parse_recipe
+from trainers.clip_data import ClipDataset
 from trainers.metrics.classification import classification_metrics
+from trainers.recipes import load_rows, parse_recipe
 
 
 @dataclass

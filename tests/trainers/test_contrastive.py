@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from modeling_vipant import VipAntModel
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, tiny_tokenizer, tiny_vipant
 from tests.trainers.contrastive_worker import SETTINGS, batch, step
-from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer, load_model_and_processor, parse_recipe
+from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
+from trainers.recipes import parse_recipe
+from trainers.tagging import TaggingConfig
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -245,7 +247,7 @@ def test_recipes_are_strict_and_the_command_line_wins(tmp_path):
     config = parse_recipe(ContrastiveConfig, [str(recipe), "--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
     assert (config.pairs, config.learning_rate, config.lars) == (["audio-text"], 2e-4, True)
     recipe.write_text("learning_rte: 1.0e-4\n")
-    with pytest.raises(ValueError, match="no such setting: learning_rte"):
+    with pytest.raises(ValueError, match="no setting `learning_rte`: did you mean `learning_rate`"):
         parse_recipe(ContrastiveConfig, [str(recipe)])
     with pytest.raises((SystemExit, ValueError)):
         parse_recipe(ContrastiveConfig, ["--learning_rte", "1", "--output_dir", str(tmp_path)])
@@ -253,10 +255,7 @@ def test_recipes_are_strict_and_the_command_line_wins(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted((REPO / "recipes" / "vipant").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(tmp_path, recipe):
-    if recipe.stem.startswith("tagging"):
-        from trainers.tagging import TaggingConfig as config_class
-    else:
-        config_class = ContrastiveConfig
+    config_class = TaggingConfig if recipe.stem.startswith("tagging") else ContrastiveConfig
     parse_recipe(config_class, [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
 
 

@@ -163,7 +163,7 @@ def test_unreadable_clips_are_replaced_until_there_are_too_many(data, model, tmp
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="mixup=2.0 is a share"):
+    with pytest.raises(ValueError, match=r"mixup=2\.0 is a share"):
         TaggingConfig(output_dir=str(tmp_path), use_cpu=True, mixup=2.0)
     with pytest.raises(ValueError, match="choose one"):
         TaggingConfig(output_dir=str(tmp_path), use_cpu=True, fold=1, eval_split="test")
