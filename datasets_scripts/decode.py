@@ -129,6 +129,7 @@ def read_clip(
         declared = {stream: _declared_end(stream, container, origin) for stream in (audio, video) if stream}
         end = _clip_end(start, end, declared, allow_short)
         packets, track = _demux(container, audio, video, start, end, origin)
+        end = start + track.end if np.isinf(end) else end  # a live recording, whose length none has noted
         _check_reach(track.end, end - start, declared[audio] - start, "sound")
         pictures: list[tuple[float, Image.Image]] = []
         if video:
@@ -368,7 +369,9 @@ def _decode_frames(
     first_key = next((i for i, packet in enumerate(packets) if packet.is_keyframe), None)
     if first_key is None:
         raise ClipError("damaged", "no keyframe in this segment")
-    shown = {packet.pts: i for i, packet in enumerate(packets) if i >= first_key and _usable(packet)}
+    # What is shown before the first keyframe but comes after it depends on pictures that are not here.
+    earliest = packets[first_key].pts
+    shown = {packet.pts: i for i, packet in enumerate(packets) if _usable(packet) and packet.pts >= earliest}
     if not shown:
         raise ClipError("empty", "the video track holds no frame in this segment")
     stamps = sorted(shown)

@@ -20,6 +20,7 @@ CASES = {
     "h264-one-gop": ("a.mp4", {"gop": 1000}),
     "h264-mpegts": ("a.ts", {}),
     "h264-fragmented": ("a.mp4", {"options": {"movflags": "frag_keyframe+empty_moov"}}),
+    "h264-live": ("a.mkv", {"options": {"live": "1"}}),
     "vp9-opus": ("a.webm", {"video": "libvpx-vp9", "audio": "libopus", "rate": 48_000}),
     "mpeg4-mp3-avi": ("a.avi", {"video": "mpeg4", "audio": "libmp3lame"}),
     "mpeg4-pcm-mono": ("a.mkv", {"video": "mpeg4", "audio": "pcm_s16le", "rate": 22_050, "layout": "mono"}),
@@ -64,6 +65,15 @@ def test_short_and_long_files(tmp_path, seconds):
     clip = read_clip(tmp_path / "a.mov", late, late + 1, frames=3)
     check_frames(clip, times, late, 1.0, 3)
     assert abs(lag(clip.waveform, late)) < 0.02
+
+
+def test_a_recording_without_a_length(tmp_path):
+    times = make_video(tmp_path / "a.mkv", 6, options={"live": "1"})
+    clip = read_clip(tmp_path / "a.mkv", frames=6)
+    check_frames(clip, times, 0, len(clip.waveform) / 16_000, 6)
+    assert len(clip.waveform) / 16_000 == pytest.approx(6, abs=0.1)
+    assert reason(tmp_path / "a.mkv", 2, 12) == "too_short"
+    assert reason(tmp_path / "a.mkv", 30, 40) == "too_short"
 
 
 def test_variable_frame_rate(tmp_path):
