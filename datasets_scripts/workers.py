@@ -102,7 +102,7 @@ class GuardedPool:
 
     def _idle(self, busy: "set[_Child]") -> "_Child":
         for child in self._children:
-            if child not in busy:
+            if child not in busy and child.process.poll() is None:
                 return child
         self._children.append(_Child(*self._setup))
         return self._children[-1]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets_scripts.filter_pairs import CaptionDistance, Captioner, TokenDistance, TopK, filter_pairs, main
+from datasets_scripts.filter_pairs import CaptionDistance, Captioner, Embedder, TokenDistance, TopK, filter_pairs, main
 from datasets_scripts.shards import Folder, commit_shard, finish, open_shards
 from datasets_scripts.streaming import ShardStream
 from tests.datasets_scripts.workloads import by_start
@@ -182,6 +182,21 @@ def test_an_image_captioner_of_transformers(tmp_path):
         [Image.new("L", (20, 30)), Image.new("RGB", (9, 9))]
     )
     assert len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
+
+
+def test_an_embedder_of_sentence_transformers(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=13, **shape)).save_pretrained(tmp_path / "bert")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    transformer = Transformer(str(tmp_path / "bert"))
+    library.SentenceTransformer(modules=[transformer, Pooling(16)]).save(str(tmp_path / "model"))
+    vectors = Embedder(str(tmp_path / "model"))(["a b", "c", "a b"])
+    assert vectors.shape == (3, 16) and np.allclose(vectors[0], vectors[2]) and not np.allclose(vectors[0], vectors[1])
 
 
 def test_the_command_line(shards, tmp_path, capsys):
