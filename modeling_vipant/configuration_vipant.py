@@ -1,5 +1,7 @@
 """Configuration of VIP-ANT: CLIP's text and image towers, and an audio tower of the same kind."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
@@ -87,9 +89,9 @@ class VipAntConfig(PreTrainedConfig):
         "audio_config": VipAntAudioConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    audio_config: Any = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
     classifier_hidden_size: int | None = None

@@ -8,6 +8,7 @@ runs no code of the file; the few OmegaConf names are read as inert data, and an
 
 import argparse
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ OMEGACONF_NAMES = (
     "omegaconf.nodes.StringNode",
     "typing.Any",
 )
-SAFE_GLOBALS = [
+SAFE_GLOBALS: list[Callable | tuple[Callable, str]] = [
     (plain_dict, "collections.defaultdict"),
     *((Inert, name) for name in OMEGACONF_NAMES),
     *((Inert, f"{module}.{name}") for module in ("builtins", "__builtin__") for name in BUILTIN_NAMES),

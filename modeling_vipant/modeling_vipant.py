@@ -99,8 +99,8 @@ class VipAntAudioEmbeddings(nn.Module):
         self.patch_embedding = VipAntPatchEmbedding(
             config.num_channels,
             config.hidden_size,
-            kernel_size=tuple(config.patch_size),
-            stride=tuple(config.patch_stride),
+            kernel_size=(config.patch_size[0], config.patch_size[1]),
+            stride=(config.patch_stride[0], config.patch_stride[1]),
             bias=False,
         )
         time, frequency = config.grid
@@ -129,7 +129,7 @@ class VipAntPreTrainedModel(CLIPPreTrainedModel):
     config: VipAntConfig
     base_model_prefix = "vipant"
     main_input_name = "input_features"
-    input_modalities = ("audio", "image", "text")
+    input_modalities: tuple[str, ...] = ("audio", "image", "text")
     accepts_loss_kwargs = False  # the losses are means: Trainer divides them when it accumulates gradients
     _no_split_modules = [*CLIPPreTrainedModel._no_split_modules, "VipAntAudioEmbeddings"]
 

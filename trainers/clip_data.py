@@ -5,7 +5,7 @@ Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `fra
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
@@ -84,7 +84,6 @@ class ClipDataset(torch.utils.data.Dataset):
         time_mask: See `spec_augment`.
         max_unreadable: Largest tolerated share of unreadable clips among those read so far (at least a hundred);
             beyond it `TooManyUnreadableError` is raised.
-        encode_labels: Turns a row's `labels` into a tensor, for tagging.
 
     Raises:
         ValueError: If the data set is empty or a column is missing.
@@ -101,7 +100,6 @@ class ClipDataset(torch.utils.data.Dataset):
         frequency_mask: int = 0,
         time_mask: int = 0,
         max_unreadable: float = 0.01,
-        encode_labels: Callable | None = None,
     ):
         require_columns(rows, [self.COLUMNS[modality] for modality in modalities], "VIP-ANT")
         self.rows = without_decoding(rows)
@@ -109,7 +107,6 @@ class ClipDataset(torch.utils.data.Dataset):
         self.training = training
         self.masks = (frequency_mask, time_mask)
         self.max_unreadable = max_unreadable
-        self.encode_labels = encode_labels
         self.columns = {
             modality: next(name for name in self.COLUMNS[modality] if name in rows.column_names)
             for modality in modalities
@@ -137,7 +134,7 @@ class ClipDataset(torch.utils.data.Dataset):
         raise TooManyUnreadableError("no clip of the data set can be read")
 
     def example(self, row: dict) -> dict[str, torch.Tensor]:
-        """One row's tensors: `input_features` `[frames, bins]`, `pixel_values`, `input_ids`, `labels`."""
+        """One row's tensors: `input_features` `[frames, bins]`, `pixel_values`, `input_ids`."""
         example = {}
         if "audio" in self.columns:
             example["input_features"] = self.features(self.waveform(row))
@@ -154,8 +151,6 @@ class ClipDataset(torch.utils.data.Dataset):
                 value = pick(value, self.training)
             tokenizer = self.processor.tokenizer
             example["input_ids"] = tokenizer(value, truncation=True, return_tensors="pt")["input_ids"][0]
-        if self.encode_labels is not None:
-            example["labels"] = self.encode_labels(row["labels"])
         return example
 
     def waveform(self, row: dict) -> torch.Tensor:
@@ -185,7 +180,7 @@ def stack(examples: list[dict[str, torch.Tensor]], tokenizer) -> dict[str, torch
         tokenizer: Pads the texts.
     """
     names = [name for name in ("input_features", "pixel_values", "labels") if name in examples[0]]
-    batch = {name: torch.stack([example[name] for example in examples]) for name in names}
+    batch: dict[str, torch.Tensor] = {name: torch.stack([example[name] for example in examples]) for name in names}
     if "input_ids" in examples[0]:
         texts = {"input_ids": [example["input_ids"] for example in examples]}
         batch |= tokenizer.pad(texts, return_tensors="pt")

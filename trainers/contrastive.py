@@ -10,7 +10,7 @@ gradients are cached (GradCache, arXiv 2101.06983), so that memory bounds the mi
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from transformers import (
     CLIPImageProcessorPil,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainingArguments,
 )
 
@@ -127,6 +128,9 @@ class ContrastiveTrainer(Trainer):
         args: A `ContrastiveConfig`.
         **kwargs: As of `transformers.Trainer`.
     """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(self, model: VipAntModel, args: ContrastiveConfig, **kwargs):
         trained = {name for kind in args.train_towers for name in TOWERS[kind]}
@@ -247,7 +251,8 @@ class ContrastiveTrainer(Trainer):
             `eval_loss`, and for each pair and direction recall and ranks, as `eval_audio_to_image_r@1`.
         """
         self.model.eval()
-        losses, collected = [], {kind: [] for kind in self.args.modalities}
+        losses = []
+        collected: dict[str, list[torch.Tensor]] = {kind: [] for kind in self.args.modalities}
         for batch in self._whole_set(self.eval_dataset if eval_dataset is None else eval_dataset):
             output = self._embed(self.model, self._prepare_inputs(batch), self.args.modalities)
             output = {kind: embeds.float() for kind, embeds in output.items()}
@@ -274,7 +279,7 @@ def scale_name(pair: str) -> str:
 
 
 def pair_losses(
-    embeds: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], pairs: Sequence[str], loss: str
+    embeds: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor], pairs: Sequence[str], loss: str
 ) -> torch.Tensor:
     """Sum over pairs of this process's mean loss against the global batch.
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -97,9 +98,9 @@ def top_captions(
 class Encoder:
     """A CLIP (or VIP-ANT) model with its tokenizer and image processor; gives unit vectors."""
 
-    model: torch.nn.Module
-    tokenizer: object
-    image_processor: object
+    model: Any
+    tokenizer: Any
+    image_processor: Any
 
     @classmethod
     def load(cls, name: str, device: torch.device) -> "Encoder":

@@ -10,7 +10,7 @@ On the sounding world (`datasets_scripts.sounding_world`), from nothing, on two 
 4. the upper bound: the same model fine-tuned on sounds with captions (AT fine-tuning).
 
 Writes `clip`, `va` and `at` (the last two are models for `vipant --model`), `results.json` and `report.md`. A second
-run takes up the models that are there.
+run takes up the models that are there. (The tokenizer's training breaks ties by chance, so that runs differ a little.)
 """
 
 import argparse
@@ -72,7 +72,7 @@ class InMemory(torch.utils.data.Dataset):
         example, training = dict(self.examples[index]), self.masks is not None
         if "input_features" in example:
             features = example["input_features"].float()
-            example["input_features"] = spec_augment(features, *self.masks) if training else features
+            example["input_features"] = features if self.masks is None else spec_augment(features, *self.masks)
         if "pixel_values" in example:
             example["pixel_values"] = pick(example["pixel_values"], training).float()
         if "input_ids" in example:
@@ -293,8 +293,8 @@ def report(results: dict) -> str:
     )
     return (
         "# VIP-ANT on the sounding world\n\n" + "\n".join(lines) + "\n\n"
-        f"Accuracy over {first['clips']} clips of one thing, chance {first['chance']:.3f}. Retrieval is over all clips of "
-        f"the test split, five captions each, many of which say the same.\n\nTraining: {seconds}.\n"
+        f"Accuracy over {first['clips']} clips of one thing, chance {first['chance']:.3f}. Retrieval is over all "
+        f"clips of the test split, five captions each, many of which say the same.\n\nTraining: {seconds}.\n"
     )
 
 

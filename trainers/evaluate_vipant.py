@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.num_frames is not None:
             processor.feature_extractor.num_frames = args.num_frames
         rows = load_rows(args.dataset, args.split)
+        results: dict
         if args.task == "retrieval":
             results = evaluate_retrieval(model, processor, rows, args.workers)
         else:

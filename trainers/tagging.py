@@ -93,15 +93,19 @@ class LabelEncoder:
 
     def __call__(self, labels) -> torch.Tensor:
         """Raises LookupError for an unknown label, or several where there must be one."""
+        shares = self.shares(labels)
+        return shares if self.multi_label else shares.argmax()
+
+    def shares(self, labels) -> torch.Tensor:
+        """`[labels]` of 0 and 1, also where a clip has one label: what mixup mixes."""
         found = label_list(labels)
         if unknown := [name for name in found if name not in self.ids]:
             raise LookupError(f"unknown labels: {', '.join(unknown)}")
-        ids = [self.ids[name] for name in found]
-        if self.multi_label:
-            return torch.zeros(len(self.ids)).scatter_(0, torch.tensor(ids, dtype=torch.long), 1.0)
-        if len(ids) != 1:
-            raise LookupError(f"{len(ids)} labels where one is needed (multi_label is false)")
-        return torch.tensor(ids[0])
+        if not self.multi_label and len(found) != 1:
+            raise LookupError(f"{len(found)} labels where one is needed (multi_label is false)")
+        shares = torch.zeros(len(self.ids))
+        shares[[self.ids[name] for name in found]] = 1.0
+        return shares
 
 
 class TaggingDataset(ClipDataset):
@@ -110,28 +114,28 @@ class TaggingDataset(ClipDataset):
     Waveforms, each without its mean, and label vectors are mixed with a weight from Beta(10, 10), as in VIP-ANT.
 
     Args:
+        rows: With `audio` and `labels`.
+        processor: The model's processor.
+        encoder: Of the labels.
+        training: Whether to augment.
         mixup: Share of mixed examples.
-        **kwargs: As of `ClipDataset`; `encode_labels` must be a `LabelEncoder`.
+        **kwargs: Further arguments of `ClipDataset`.
     """
 
-    def __init__(self, *args, mixup: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mixup = mixup
+    def __init__(self, rows, processor, encoder: LabelEncoder, training: bool, mixup: float = 0.0, **kwargs):
+        super().__init__(rows, processor, ["audio"], training, **kwargs)
+        self.encoder = encoder
+        self.mixup = mixup if training else 0.0
 
     def example(self, row: dict) -> dict[str, torch.Tensor]:
-        """`input_features` and `labels`; with mixup labels are shares `[labels]` in every training example."""
-        waveform, labels = self.waveform(row), self.encode_labels(row["labels"])
-        if self.training and self.mixup:
-            if not self.encode_labels.multi_label:
-                labels = torch.nn.functional.one_hot(labels, len(self.encode_labels.ids)).float()
-            if torch.rand(()) < self.mixup:
-                other = self.rows[int(torch.randint(len(self), ()))]
-                other_labels = self.encode_labels(other["labels"])
-                if not self.encode_labels.multi_label:
-                    other_labels = torch.nn.functional.one_hot(other_labels, len(self.encode_labels.ids)).float()
-                share = float(torch.distributions.Beta(10.0, 10.0).sample())
-                waveform = mix(waveform, self.waveform(other), share)
-                labels = share * labels + (1 - share) * other_labels
+        """`input_features` and `labels`; with mixup the labels of every training example are shares `[labels]`."""
+        waveform = self.waveform(row)
+        labels = self.encoder.shares(row["labels"]) if self.mixup else self.encoder(row["labels"])
+        if torch.rand(()) < self.mixup:
+            other = self.rows[int(torch.randint(len(self), ()))]
+            share = float(torch.distributions.Beta(10.0, 10.0).sample())
+            waveform = mix(waveform, self.waveform(other), share)
+            labels = share * labels + (1 - share) * self.encoder.shares(other["labels"])
         return {"input_features": self.features(waveform), "labels": labels}
 
 
@@ -187,7 +191,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     scores, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
     targets = labels > 0.5 if labels.ndim == 2 else labels
     metrics = classification_metrics(scores, targets)
-    return {name: metrics[name] for name in ("map", "accuracy") if name in metrics}
+    return {name: float(metrics[name]) for name in ("map", "accuracy") if name in metrics}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,21 +218,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     processor = VipAntProcessor.from_pretrained(config.model)
     processor.feature_extractor.num_frames = config.num_frames
-    data = {
-        "processor": processor,
-        "modalities": ["audio"],
-        "max_unreadable": config.max_unreadable,
-        "encode_labels": LabelEncoder(names, config.multi_label),
-    }
+    encoder = LabelEncoder(names, config.multi_label)
     train = TaggingDataset(
         train_rows,
+        processor,
+        encoder,
         training=True,
         mixup=config.mixup,
         frequency_mask=config.frequency_mask,
         time_mask=config.time_mask,
-        **data,
+        max_unreadable=config.max_unreadable,
     )
-    evaluation = None if eval_rows is None else TaggingDataset(eval_rows, training=False, **data)
+    evaluation = None
+    if eval_rows is not None:
+        evaluation = TaggingDataset(eval_rows, processor, encoder, training=False, max_unreadable=0.0)
     trainer = TaggingTrainer(
         model,
         config,

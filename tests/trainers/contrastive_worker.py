@@ -1,4 +1,4 @@
-"""Run by `test_contrastive.py` in one process and under torchrun in two: writes loss and gradients of one step."""
+"""Run by `test_contrastive.py` in two processes: writes loss and gradients of one step."""
 
 import sys
 from pathlib import Path

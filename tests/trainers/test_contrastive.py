@@ -1,5 +1,6 @@
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,16 +82,27 @@ def test_cached_gradients_repeat_dropout(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.trainers.contrastive_worker", str(tmp_path)],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.trainers.contrastive_worker", str(tmp_path)]
+    workers = [
+        subprocess.Popen(
+            command,
+            cwd=REPO,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors.decode()
+    finally:
+        for worker in workers:
+            worker.kill()
     two = torch.load(tmp_path / "results.pt")
     for name, settings in SETTINGS.items():
         assert two[name]["processes"] == 2

@@ -85,7 +85,7 @@ def test_folds_are_held_out(data, model, tmp_path):
 def dataset(data, model, multi_label=True, **settings) -> TaggingDataset:
     rows = datasets.Dataset.from_json(str(data / "rows.jsonl"), cache_dir=str(data / "cache"))
     encoder = LabelEncoder(["high", "low"], multi_label)
-    return TaggingDataset(rows, tiny_processor(), ["audio"], encode_labels=encoder, **settings)
+    return TaggingDataset(rows, tiny_processor(), encoder, **settings)
 
 
 def test_mixed_examples_mix_sounds_and_labels_alike(data, model):
@@ -152,9 +152,8 @@ def test_unreadable_clips_are_replaced_until_there_are_too_many(data, model, tmp
     clips = TaggingDataset(
         datasets.Dataset.from_list(rows),
         tiny_processor(),
-        ["audio"],
+        LabelEncoder(["low"], True),
         training=False,
-        encode_labels=LabelEncoder(["low"], True),
     )
     torch.testing.assert_close(clips[1]["input_features"], clips[2]["input_features"])
     assert clips.unreadable == 1
