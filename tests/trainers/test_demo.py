@@ -1,0 +1,182 @@
+"""The whole demonstration, as small as can be: what it writes, that it resumes, repeats, leaves images alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel
+
+from modeling_dali import cli
+from trainers import demo as demo_module
+from trainers.demo import RECIPES, Demo, DemoConfig, must_hold, run, run_stages
+
+QUICK = {"use_cpu": True, "max_steps": 3, "save_steps": 1, "logging_steps": 1}
+TINY = {
+    "captioner": {"per_device_train_batch_size": 8, "hidden_size": 32, "vision_layers": 1, "text_layers": 1},
+    "prefix_tuning": {"prefix_length": 4},
+    "alignment": {"per_device_train_batch_size": 4},
+    "distillation": {"per_device_train_batch_size": 4},
+    "supervised": {"per_device_train_batch_size": 4},
+}
+
+
+def tiny_config(folder: Path) -> DemoConfig:
+    """The project's recipes with few steps, and a world of few scenes."""
+    recipes = folder / "recipes"
+    recipes.mkdir()
+    for path in RECIPES.glob("*.yaml"):
+        recipe = yaml.safe_load(path.read_text())
+        if path.stem in TINY:
+            recipe |= QUICK | TINY[path.stem]
+        (recipes / path.name).write_text(yaml.safe_dump(recipe))
+    sizes = {"captions": 24, "prefix": 4, "video": 8, "distillation": 6, "supervised": 6, "test": 4}
+    audio = {"num_mel_bins": 32, "audio_width": 32, "audio_layers": 1}
+    return DemoConfig(str(folder / "run"), str(recipes), image_size=32, duration=1.28, frames=2, **sizes, **audio)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[DemoConfig, dict]:
+    config = tiny_config(tmp_path_factory.mktemp("demo"))
+    return config, run(config)
+
+
+def test_writes_what_it_promises(finished):
+    config, results = finished
+    output = Path(config.output)
+    assert json.loads((output / "results.json").read_text()) == results
+    assert (output / "report.html").stat().st_size > 0
+    assert set(results["seconds"]) == {stage.name for stage in Demo(config).stages()} | {"all"}
+    for name, scores in results["variants"].items():
+        assert 0 <= scores["recall"] <= 1 and scores["clips"] == config.test, name
+    assert {figure["what"] for figure in results["must_hold"]} and all("met" in f for f in results["must_hold"])
+
+
+def test_the_model_loads_and_captions(finished, capsys):
+    config, _ = finished
+    model = AutoModel.from_pretrained(f"{config.output}/model", trust_remote_code=True)
+    assert model.config.model_type == "dali" and model.config.prefix_length == 0
+    sounds = sorted(map(str, Path(config.output, "samples").glob("*.wav")))
+    assert cli.main(["caption", *sounds, "--model", f"{config.output}/model"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == len(sounds) == 4
+    videos = sorted(map(str, Path(config.output, "samples").glob("*.mp4")))
+    assert cli.main(["caption", *videos, "--with-video", "--model", f"{config.output}/model"]) == 0
+
+
+def test_image_captions_stay_as_they_are(finished):
+    config, results = finished
+    demo = Demo(config)
+    before, after = demo.image_captions("untrained"), demo.image_captions("model")
+    assert before[0] == after[0] and torch.equal(before[1], after[1])
+    figure = next(f for f in results["must_hold"] if "image captions" in f["what"])
+    assert figure["value"] == 1.0
+    # The comparison can fail: another language model gives other logits.
+    model, processor = demo.model("model")
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1 * torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(f"{config.output}/changed")
+    processor.save_pretrained(f"{config.output}/changed")
+    assert not torch.equal(before[1], demo.image_captions("changed")[1])
+
+
+def test_no_sound_meets_a_text_before_the_test(finished):
+    config, _ = finished
+    demo = Demo(config)
+    text = {"caption", "captions", "question", "labels", "seen_captions", "things"}
+    for split in ("captions", "prefix"):
+        assert "audio" not in demo.rows(split).column_names
+    for split in ("video", "distillation"):
+        assert not text & set(demo.rows(split).column_names)
+    ids = [
+        set(demo.rows(split)["id"]) for split in ("captions", "prefix", "video", "distillation", "supervised", "test")
+    ]
+    assert len(set().union(*ids)) == sum(map(len, ids))  # and no clip is in two splits
+
+
+def test_the_aligned_model_never_saw_the_supervised_split(finished, monkeypatch):
+    config, _ = finished
+    used = []
+    monkeypatch.setattr(Demo, "rows", lambda self, split, variant="standard": used.append(split) or [])
+    monkeypatch.setattr(Demo, "train", lambda self, trainer: None)
+    monkeypatch.setattr(demo_module, "AlignmentTrainer", lambda *args: None)
+    monkeypatch.setattr(demo_module, "DistillationTrainer", lambda *args: None)
+    monkeypatch.setattr(demo_module, "join_captions", lambda rows, folder: rows)
+    demo = Demo(config)
+    demo.alignment()
+    demo.distillation()
+    assert used == ["video", "distillation"]
+
+
+def test_a_second_run_trains_nothing(finished, monkeypatch, capsys):
+    config, results = finished
+    monkeypatch.setattr(Demo, "train", lambda self, trainer: pytest.fail("a stage was trained again"))
+    assert run(config)["variants"] == results["variants"]
+    out = capsys.readouterr().out
+    assert all(f"{stage.name}: done before" in out for stage in Demo(config).stages())
+
+
+def test_two_runs_with_one_seed_agree(finished, tmp_path):
+    """Two runs with one seed agree in every metric and in every weight of the final model."""
+    config, results = finished
+    again = replace(config, output=str(tmp_path / "again"))
+    repeated = run(again)
+    assert repeated["variants"] == results["variants"] and repeated["must_hold"] == results["must_hold"]
+    weights = [Demo(c).model("model")[0].state_dict() for c in (config, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_other_settings_do_not_mix(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="other seed"):
+        run(replace(config, seed=1))
+
+
+def test_a_stage_that_was_cut_off_goes_on(finished, tmp_path, monkeypatch):
+    """Killed in the middle of alignment, the next run takes the checkpoint and ends where the whole run ended."""
+    config, results = finished
+    output = tmp_path / "cut"
+    cut = replace(config, output=str(output))
+    original = demo_module._ShowProgress.on_step_end
+    stage: list[str] = []
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        stage.append(self.progress.stage)
+        if self.progress.stage == "alignment" and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module._ShowProgress, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)
+    assert not (output / "results.json").exists() and (output / "aligned" / "checkpoint-2").is_dir()
+    stage.clear()
+    monkeypatch.setattr(
+        demo_module._ShowProgress,
+        "on_step_end",
+        lambda self, args, state, control, **k: stage.append((self.progress.stage, state.global_step)),
+    )
+    assert run(cut)["variants"] == results["variants"]
+    assert stage[0] == ("alignment", 3) and "captioner" not in {name for name, _ in stage}
+
+
+def test_failed_stages_are_not_noted_as_done(tmp_path):
+    def fail():
+        raise OSError("the disk is full")
+
+    stages = [demo_module.Stage("first", 1, lambda: None), demo_module.Stage("second", 1, fail)]
+    with pytest.raises(OSError, match="full"):
+        run_stages(stages, tmp_path, lambda progress: None)
+    assert [path.stem for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_bounds_are_held_against_the_figures():
+    good, poor = {"recall": 0.9, "cider_d": 1.0}, {"recall": 0.1, "cider_d": 0.1}
+    names = ("after distillation", "supervised twin", "after distillation, unseen combinations", "after stage 1b")
+    variants = dict.fromkeys((*names, "after stage 1b, audio + image"), good)
+    variants |= dict.fromkeys(("before alignment", "most frequent caption"), poor)
+    assert all(figure["met"] for figure in must_hold(variants, True))
+    missed = [figure for figure in must_hold(variants | {"after distillation": poor}, False) if not figure["met"]]
+    assert len(missed) == 5
+    assert sum(figure["met"] for figure in must_hold(dict.fromkeys(variants, poor), True)) == 4

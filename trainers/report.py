@@ -1,0 +1,5 @@
+"""Report."""
+
+
+def write_report(demo, results) -> None:
+    """Report."""
