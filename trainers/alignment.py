@@ -291,6 +291,16 @@ class AlignmentTrainer(StageTrainer):
         self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Scorers that rested so far have no optimizer state, and sharded loading wants some of all that trains.
+        rested = (self.state.epoch or 0.0) <= self.args.uniform_epochs
+        scorers = [p for name, p in self.trained_parameters() if rested and name.startswith("scorer.")]
+        for parameter in scorers:
+            parameter.requires_grad_(False)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter in scorers:
+            parameter.requires_grad_(True)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Halves a constant learning rate every few epochs, as published; other schedules are `Trainer`'s."""
         if self.lr_scheduler is None and self.args.lr_scheduler_type == "constant" and self.args.halve_after:

@@ -229,7 +229,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """As `Trainer`'s, but into a folder beside, which gets its name when it is complete."""
         output_dir, limit = Path(self.args.output_dir), self.args.save_total_limit
-        name = f"checkpoint-{self.state.global_step}"
+        name, settings = f"checkpoint-{self.state.global_step}", self.args.to_json_string()
         staging, final = output_dir / STAGING / name, output_dir / name
         if self.is_world_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
@@ -239,6 +239,7 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                (staging / SETTINGS).write_text(settings)
                 if self.state.best_global_step:
                     self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                     self.state.save_to_json(staging / "trainer_state.json")
@@ -272,7 +273,6 @@ class StageTrainer(Trainer):
             if self.args.should_save and not sharded:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: p.detach().contiguous() for name, p in self.trained_parameters()}, folder / TRAINED)
-                (folder / SETTINGS).write_text(self.args.to_json_string())
             return
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
@@ -361,8 +361,7 @@ class StageTrainer(Trainer):
         if not file.exists():
             return
         found, ours = json.loads(file.read_text()), json.loads(self.args.to_json_string())
-        different = sorted(name for name in ours if name in found and ours[name] != found[name])
-        if different := [name for name in different if name not in ("logging_dir", "local_rank", "run_name")]:
+        if different := sorted(name for name in ours if name in found and ours[name] != found[name]):
             logger.warning(f"These settings differ from the checkpoint's: {', '.join(different)}.")
 
 

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_dali import DaliForConditionalGeneration
+from tests.trainers.stages import ROOT, run_command, save_llava, save_world
+from trainers.alignment import AlignmentConfig
+from trainers.distillation import DistillationConfig
+from trainers.prefix_tuning import PrefixTuningConfig
+from trainers.pseudo_captions import PseudoCaptionConfig
+from trainers.recipes import load_model, load_rows, parse_recipe
+
+CONFIGS = {
+    "prefix_tuning": PrefixTuningConfig,
+    "alignment": AlignmentConfig,
+    "pseudo_captions": PseudoCaptionConfig,
+    "distillation": DistillationConfig,
+}
+RECIPES = sorted((ROOT / "recipes" / "dali").glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipes_of_the_project_are_read(recipe):
+    config = parse_recipe(CONFIGS[recipe.stem], [str(recipe), "--output_dir", "elsewhere"])
+    assert config.output_dir == "elsewhere"
+    for name, value in yaml.safe_load(recipe.read_text()).items():
+        if name not in ("output_dir", "report_to", "bf16"):
+            assert getattr(config, name) == value or float(getattr(config, name)) == float(value)
+
+
+def test_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\nlearning_rate: 1e-3\nepsilon: 0.1\nreport_to: none\n")
+    config = parse_recipe(AlignmentConfig, [str(recipe), "--epsilon", "0.2", "--augment", "false"])
+    assert (config.learning_rate, config.epsilon, config.augment, config.loss) == (1e-3, 0.2, False, "attentive_ot")
+
+
+def test_a_misspelt_field_is_named(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\nlearning_rat: 1e-3\n")
+    with pytest.raises(ValueError, match="there is no setting `learning_rat`: did you mean `learning_rate`"):
+        parse_recipe(AlignmentConfig, [str(recipe)])
+    with pytest.raises((SystemExit, ValueError)):
+        parse_recipe(AlignmentConfig, ["--output_dir", "out", "--learning_rat", "1"])
+
+
+def test_data_sets(tmp_path):
+    world = save_world(tmp_path)
+    assert len(load_rows(world["dataset"])) == 8
+    assert next(iter(load_rows(world["dataset"], streaming=True)))["id"] == "clip0"
+    (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n')
+    assert load_rows(str(tmp_path / "rows.jsonl"))["id"][1] == "b"
+    with pytest.raises(ValueError, match="neither here nor on the Hub"):
+        load_rows(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="No data set was given"):
+        load_rows("")
+
+
+def test_models(tmp_path):
+    model, processor = load_model(save_llava(tmp_path / "llava"))
+    assert model.config.model_type == "dali" and processor.audio_seq_length == 512
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"broken\.pth"):
+        load_model(str(tmp_path / "llava"), audio_encoder=str(tmp_path / "broken.pth"))
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    world = save_world(tmp_path)
+    config = Path(world["model"], "config.json")
+    config.write_text(config.read_text().replace('"intermediate_size": 80', '"intermediate_size": 96'))
+    with pytest.raises(ValueError, match=r"another shape: .*audio_tower\.layers\.0\.fc1"):
+        load_model(world["model"])
+
+
+def test_all_stages_by_their_commands(tmp_path):
+    """The chain as a user types it, the alignment on two processes by accelerate."""
+    world = save_world(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    shared = {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 2}
+    recipe.write_text(yaml.safe_dump(shared | {"dataset": world["dataset"]}))
+
+    def options(**given):
+        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+    prefix, aligned, pseudo, final = (str(tmp_path / name) for name in ("prefix", "aligned", "pseudo", "final"))
+    run_command("-m", "trainers.prefix_tuning", recipe, *options(model=world["model"], output_dir=prefix))
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    run_command(*launch, "trainers.alignment", recipe, *options(model=world["model"], output_dir=aligned))
+    given = {"model": aligned, "prefix": prefix, "dataset": world["dataset"], "output_dir": pseudo}
+    run_command("-m", "trainers.pseudo_captions", *options(max_new_tokens=5, temperature=5, **given))
+    given = {"model": aligned, "captions": pseudo, "output_dir": final, "report_to": "tensorboard"}
+    run_command("-m", "trainers.distillation", recipe, *options(**given))
+    DaliForConditionalGeneration.from_pretrained(final)
+    card = Path(final, "README.md").read_text()
+    assert "python -m trainers.distillation" in card and world["dataset"] in card
+    assert list(Path(final).glob("runs/*/events*"))
