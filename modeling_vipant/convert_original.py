@@ -214,14 +214,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         model = convert(CLIPModel.from_pretrained(args.clip), checkpoint, args.num_frames)
+        processor = VipAntProcessor(
+            VipAntFeatureExtractor(num_frames=args.num_frames),
+            CLIPImageProcessorPil.from_pretrained(args.clip),
+            AutoTokenizer.from_pretrained(args.clip),
+        )
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     model.save_pretrained(args.output)
-    processor = VipAntProcessor(
-        VipAntFeatureExtractor(num_frames=args.num_frames),
-        CLIPImageProcessorPil.from_pretrained(args.clip),
-        AutoTokenizer.from_pretrained(args.clip),
-    )
     processor.save_pretrained(args.output)
     placed = sum(len(state) for state in checkpoint.values())
     print(f"wrote {args.output}: {placed} tensors of the checkpoint, all in place")

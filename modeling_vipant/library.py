@@ -286,7 +286,7 @@ def index_folder(
     old: dict[str, tuple[dict, np.ndarray]] = {}
     if (index / "index.json").exists():
         library = SoundLibrary.load(index)
-        check_model(library, embedder, index)
+        check_model(library, fingerprint, embedder.name, index)
         old = {row["path"]: (row, library.embeddings[i]) for i, row in enumerate(library.files.to_pylist())}
 
     kept = {
@@ -337,15 +337,15 @@ def index_folder(
     return report
 
 
-def check_model(library: SoundLibrary, embedder: Embedder, index: Path) -> None:
-    """Refuses an index whose embeddings another model made.
+def check_model(library: SoundLibrary, fingerprint: str, name: str, index: Path) -> None:
+    """Refuses an index whose embeddings another model made than the one of this fingerprint and name.
 
     Raises:
         LibraryError: If the fingerprints differ.
     """
-    if library.fingerprint != embedder.fingerprint():
+    if library.fingerprint != fingerprint:
         raise LibraryError(
-            f"the index in {index} was made by another model ({library.model_name}) than {embedder.name}: its "
+            f"the index in {index} was made by another model ({library.model_name}) than {name}: its "
             "embeddings cannot be compared. Use that model, or another --index."
         )
 

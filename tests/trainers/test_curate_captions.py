@@ -3,11 +3,13 @@ import json
 import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from datasets_scripts.audiotxt import audiotxt
 from tests.tiny_vipant import tiny_clip, tiny_processor
 from trainers import curate_captions
 from trainers.curate_captions import Encoder, curate, main, read_captions, top_captions
@@ -125,6 +127,19 @@ def test_random_control_ignores_the_pictures_but_follows_from_the_seed(encoder, 
     first = curate(encoder, videos(), CAPTIONS, tmp_path / "a", **settings).read_text()
     assert curate(encoder, videos(), CAPTIONS, tmp_path / "b", **settings).read_text() == first
     assert first != curate(encoder, videos(), CAPTIONS, tmp_path / "c", top_k=3, **BLOCKS).read_text()
+
+
+def test_the_builder_of_curated_captions_reads_the_files(encoder, tmp_path):
+    curate(encoder, videos(2), CAPTIONS, tmp_path / "out", top_k=1, **BLOCKS)
+    (tmp_path / "media").mkdir()
+    for i in range(2):
+        soundfile.write(tmp_path / "media" / f"clip{i}.wav", np.zeros(800), 16_000)
+    rows = audiotxt(tmp_path / "out" / "index.jsonl", tmp_path / "out" / "captions.jsonl", tmp_path / "media")
+    names = dict(CAPTIONS)
+    expected = {name.split(".")[0]: [] for name, _ in lines(tmp_path / "out" / "index.jsonl")}
+    for name, ids in lines(tmp_path / "out" / "index.jsonl"):
+        expected[name.split(".")[0]] += [names[i] for i in ids if names[i] not in expected[name.split(".")[0]]]
+    assert dict(zip(rows["id"], rows["captions"], strict=True)) == expected
 
 
 def test_command_line(model, tmp_path, capsys):
