@@ -156,9 +156,8 @@ def parse_segment(row: list[str]) -> Segment:
     """
     if len(row) != 4:
         raise ValueError(f"expected YTID, start_seconds, end_seconds, positive_labels; found {len(row)} fields: {row}")
-    youtube_id, labels = row[0].strip(), tuple(label.strip() for label in row[3].split(",") if label.strip())
-    if not _YOUTUBE_ID.fullmatch(youtube_id):
-        raise ValueError(f"{youtube_id!r} is no YouTube id")
+    youtube_id = check_youtube_id(row[0].strip())
+    labels = tuple(label.strip() for label in row[3].split(",") if label.strip())
     start, end = parse_seconds(row[1]), parse_seconds(row[2])
     if end <= start:
         raise ValueError(f"the segment ends at {end:g} s, not after its start at {start:g} s")

@@ -111,7 +111,7 @@ def test_killed_and_run_again(shards, tmp_path):
 def test_processes_and_ray_give_the_same(shards, tmp_path, ray_cluster):
     filter_pairs(shards, tmp_path / "one", by_start, keep=30, name="start", progress=False)
     filter_pairs(shards, tmp_path / "two", by_start, keep=30, name="start", workers=2, progress=False)
-    filter_pairs(shards, tmp_path / "ray", by_start, 30, "start", engine="ray", workers=2, progress=False)
+    filter_pairs(shards, tmp_path / "ray", by_start, 30, "start", engine="ray", workers=1, progress=False)
     assert content(tmp_path / "one") == content(tmp_path / "two") == content(tmp_path / "ray")
 
 

@@ -20,7 +20,7 @@ def test_every_item_gets_a_result_whatever_its_child_does():
     reasons = {item: result.reason for item, result in results.items() if isinstance(result, Casualty)}
     assert reasons == {"hang": "timeout", "spin": "timeout", "eat": "out_of_memory", "crash": "crashed"}
     assert [results[item] for item in "abc"] == list("abc")
-    assert not [child for child in psutil.Process().children() if "_serve" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "workers import _serve" in " ".join(child.cmdline())]
 
 
 def test_items_are_taken_as_they_are_needed():
