@@ -260,7 +260,7 @@ def index_folder(
 ) -> IndexReport:
     """Brings the index of a folder up to date: only new and changed files (by size and time) are read.
 
-    What is done is saved every `save_every` files and when the run is interrupted; the next run goes on from there.
+    What is done is saved every `save_every` files and whenever the run is cut off; the next run goes on from there.
 
     Args:
         root: Folder with sounds.
@@ -323,7 +323,7 @@ def index_folder(
             if since_saved >= save_every:
                 save()
                 since_saved = 0
-    except KeyboardInterrupt:
+    except BaseException:  # whatever ends the run, what is done is kept
         if done:
             save()
         raise
