@@ -28,7 +28,7 @@ def parse_recipe(config_class, arguments: Sequence[str]) -> Any:
         ValueError: for a name in the recipe that is no field; says which one may be meant.
         SystemExit: for an unknown `--field`, or a value of the wrong kind.
     """
-    parser = HfArgumentParser(config_class)
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         path = Path(arguments.pop(0))

@@ -34,12 +34,13 @@ def test_which_weights_move(tmp_path, with_encoder):
 
 
 def test_learns_and_needs_no_prefix(tmp_path):
-    model, processor, config, rows = distill(tmp_path, prefix=4, num_train_epochs=15)
+    options = {"num_train_epochs": 15, "per_device_train_batch_size": 4}
+    model, processor, config, rows = distill(tmp_path, prefix=4, **options)
     trainer = DistillationTrainer(model, config, processor, rows, rows)
     assert model.model.prefix is None and "<prefix>" not in trainer.data_collator.prompt
     first = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.7 * first
+    assert trainer.evaluate()["eval_loss"] < first - 0.5
 
 
 def test_lora_is_merged_into_the_result(tmp_path):

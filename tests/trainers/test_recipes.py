@@ -22,11 +22,12 @@ RECIPES = sorted((ROOT / "recipes" / "dali").glob("**/*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_recipes_of_the_project_are_read(recipe):
-    config = parse_recipe(CONFIGS[recipe.stem], [str(recipe), "--output_dir", "elsewhere"])
+    on_cpu = [] if recipe.stem == "pseudo_captions" else ["--bf16", "false"]
+    config = parse_recipe(CONFIGS[recipe.stem], [str(recipe), "--output_dir", "elsewhere", *on_cpu])
     assert config.output_dir == "elsewhere"
     for name, value in yaml.safe_load(recipe.read_text()).items():
         if name not in ("output_dir", "report_to", "bf16"):
-            assert getattr(config, name) == value or float(getattr(config, name)) == float(value)
+            assert getattr(config, name) == value
 
 
 def test_the_command_line_wins(tmp_path):
@@ -51,7 +52,7 @@ def test_data_sets(tmp_path):
     assert next(iter(load_rows(world["dataset"], streaming=True)))["id"] == "clip0"
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n')
     assert load_rows(str(tmp_path / "rows.jsonl"))["id"][1] == "b"
-    with pytest.raises(ValueError, match="neither here nor on the Hub"):
+    with pytest.raises(ValueError, match="There is no data set .*nowhere"):
         load_rows(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="No data set was given"):
         load_rows("")
