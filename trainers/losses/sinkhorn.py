@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from .common import centre_potentials, chunks, full_precision, joint_tokens, squared_distances
 
 FIRST_STAGE, STAGE_RATIO = 0.25, 0.25  # epsilon scaling: where it starts, and from one stage to the next
-STAGE_TOLERANCE, STAGE_ITERATIONS = 0.01, 80  # a stage only prepares the next one
-MAX_RELAXATION = 1.95
+STAGE_TOLERANCE, STAGE_ITERATIONS = 0.01, 200  # a stage only prepares the next one
+MAX_RELAXATION = 1.97
 DIVERGING = 5.0  # growth of the residual between two looks at which over-relaxation starts anew
 CHECK_EVERY = 5  # iterations between two looks at the residual, each of which waits for the device
 MAX_DRIFT = 20.0  # of log-scalings away from the potentials inside the kernel; float32 ends at 88
