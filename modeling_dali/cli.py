@@ -1,8 +1,9 @@
 """
-The command line: `dali caption FILE... --model DIR_OR_ID`.
+The command line: `dali caption FILE... --model DIR_OR_ID` and `dali explain FILE... --model DIR_OR_ID`.
 
-Writes one line per window of sound, with its start time. A file that cannot be read is reported and the others go on;
-the exit code is 1 then, 0 if all went well, 2 if nothing could be started.
+`caption` writes one line per window of sound, with its start time; `explain` a picture per file that shows where in
+the frame the sound is. A file that cannot be read is reported and the others go on; the exit code is 1 then, 0 if all
+went well, 2 if nothing could be started.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .audio_io import load_audio, load_middle_frame
+from .audio_io import UnreadableFileError, load_audio, load_middle_frame
+from .explain import draw, explain, find_scorers
 from .modeling_dali import DaliForConditionalGeneration
 from .processing_dali import DaliProcessor
 
@@ -142,6 +145,66 @@ def run_caption(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def explain_file(file: str, model, processor, scorers, image: Image.Image | None, start: float) -> Image.Image:
+    """
+    Shows where in a picture the sound of a file is.
+
+    Args:
+        file: A video, or with `image` any sound.
+        model, processor: As loaded.
+        scorers: Learned ones, or None.
+        image: The picture; by default the middle frame of the file.
+        start: Seconds from which on one window of sound is taken.
+
+    Raises:
+        ValueError: if sound or picture cannot be read, or the sound ends before `start`.
+    """
+    picture = load_middle_frame(file) if image is None else image
+    waveform, rate = load_audio(file)
+    waveform = waveform[:, round(start * rate) :]
+    if waveform.shape[1] == 0:
+        raise UnreadableFileError(f"{file}: the sound ends before {start:g} s.")
+    extractor = processor.feature_extractor
+    windows, _ = processor.split_windows([waveform], rate, max_windows=sys.maxsize)
+    samples = windows[0].numpy()
+    features = extractor([samples], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    features = features[extractor.model_input_names[0]][0].numpy()
+    return draw(picture, features, explain(model, processor, samples, picture, scorers))
+
+
+def run_explain(given: argparse.Namespace) -> int:
+    """`dali explain`."""
+    try:
+        image = None if given.image is None else Image.open(given.image).convert("RGB")
+        processor = DaliProcessor.from_pretrained(given.model)
+        model = DaliForConditionalGeneration.from_pretrained(given.model, dtype="auto").to(given.device).eval()
+        scorers = find_scorers(given.model)
+        given.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        print(f"dali explain: cannot start: {error}", file=sys.stderr)
+        return 2
+    if scorers is None:
+        print(
+            "dali explain: no scorer.safetensors beside the model: weights follow from which image tokens the audio "
+            "tokens lie nearest to.",
+            file=sys.stderr,
+        )
+    failed = 0
+    for file in given.files:
+        try:
+            sheet = explain_file(file, model, processor, scorers, image, given.start)
+        except ValueError as error:
+            failed += 1
+            print(f"dali explain: {error}", file=sys.stderr)
+            continue
+        target = given.output / f"{Path(file).stem}.where.png"
+        sheet.save(target)
+        print(target)
+    if failed:
+        print(f"dali explain: {failed} of {len(given.files)} files could not be explained.", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)
@@ -165,6 +228,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON lines")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.set_defaults(run=run_caption)
+
+    command = commands.add_parser("explain", help="show where in a video's picture its sound is")
+    command.add_argument("files", nargs="+", metavar="FILE", help="mp4, webm, ...; with --image any sound")
+    command.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a DALI model: folder or Hub id")
+    command.add_argument("--image", metavar="FILE", help="a picture in place of the middle frame")
+    command.add_argument(
+        "--start", type=float, default=0.0, metavar="SECONDS", help="where the sound begins (default 0)"
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path(), metavar="DIR", help="folder of the pictures FILE.where.png (default: .)"
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=run_explain)
     return parser
 
 

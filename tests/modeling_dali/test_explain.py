@@ -1,0 +1,104 @@
+"""Where the sound is: weights and plans against the losses' own, and the command."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from modeling_dali import cli
+from modeling_dali.explain import Scorers, explain, find_scorers, heat, nearest_plan, over_picture, squared_distances
+from tests.tiny import tiny_dali
+from trainers.demo import write_video
+from trainers.losses import TransportScorer, optimal_transport
+
+SOUND = (np.random.default_rng(0).standard_normal(10_000) * 0.1).astype(np.float32)
+PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+
+
+def save_scorers(file, heads=8) -> TransportScorer:
+    torch.manual_seed(3)
+    scorer = TransportScorer(24, heads)
+    tensors = {f"scorer.{name}": tensor.contiguous() for name, tensor in scorer.state_dict().items()}
+    save_file(tensors, file, metadata={"heads": str(heads)})
+    return scorer
+
+
+@pytest.mark.parametrize("heads", [None, 2, 8])
+def test_scorers_weigh_as_in_training(tmp_path, heads):
+    scorer = save_scorers(tmp_path / "scorer.safetensors", heads)
+    audio, image = torch.randn(1, 9, 24), torch.randn(1, 5, 24)
+    wanted = scorer(audio, image)
+    found = Scorers(tmp_path / "scorer.safetensors")(audio[0], image[0])
+    for theirs, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs[0].detach())
+
+
+def test_explanation_is_the_optimal_plan_between_learned_weights(tmp_path):
+    model, processor = tiny_dali()
+    scorer = save_scorers(tmp_path / "scorer.safetensors", 2)
+    found = explain(model, processor, SOUND, PICTURE, find_scorers(tmp_path))
+    assert found.learned and found.image_weights.shape == (4, 4) and found.audio_weights.shape == (4, 8)
+    features = processor.feature_extractor([SOUND], sampling_rate=16_000)["input_features"]
+    pixels = processor.image_processor(PICTURE, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        audio, image = model.model.get_audio_tokens(features), model.get_image_tokens(pixels)
+        alpha, beta = scorer(audio, image)
+        transport = optimal_transport(audio, image, alpha, beta, return_plan=True)
+    np.testing.assert_allclose(found.image_weights.ravel(), beta[0], rtol=1e-4)
+    np.testing.assert_allclose(found.plan, transport.plan[0], atol=1e-6)
+
+
+def test_without_scorers_tokens_go_where_they_are_near(tmp_path):
+    assert find_scorers(tmp_path) is None
+    image = torch.eye(6)[:4] * 5
+    audio = image[[2, 2, 1]] + 0.01
+    plan = nearest_plan(audio, image)
+    np.testing.assert_allclose(plan.sum(1), 1 / 3)
+    np.testing.assert_allclose(plan.sum(0), [0, 1 / 3, 2 / 3, 0], atol=1e-3)
+    np.testing.assert_allclose(squared_distances(audio, image)[0, 0], 50, rtol=0.01)
+    model, processor = tiny_dali()
+    found = explain(model, processor, SOUND, PICTURE)
+    assert not found.learned
+    np.testing.assert_allclose(found.image_weights.ravel(), found.plan.sum(0))
+
+
+def test_heat_is_bright_where_weights_are_large():
+    weights = np.zeros((4, 4))
+    weights[0, 3] = 1
+    for picture in (
+        heat(weights, (64, 64)),
+        over_picture(Image.new("RGB", (8, 8), "white"), weights).resize((64, 64)),
+    ):
+        grey = np.asarray(picture.convert("L"))
+        assert grey[:16, 48:].mean() > 1.5 * grey[32:, :32].mean()
+    assert np.ptp(np.asarray(heat(np.ones((2, 2)), (8, 8)))[..., 0]) == 0  # all the same is no error
+
+
+def test_command_writes_a_picture_for_each_file(tmp_path, capsys):
+    model, processor = tiny_dali()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, SOUND, 16_000, format="WAV")
+    write_video(tmp_path / "clip.mp4", buffer.getvalue(), PICTURE)
+    (tmp_path / "sound.wav").write_bytes(buffer.getvalue())
+    files = [str(tmp_path / name) for name in ("missing.mp4", "sound.wav", "clip.mp4")]
+    command = ["explain", *files, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert cli.main(command) == 1
+    out, err = capsys.readouterr()
+    assert "missing.mp4: there is no such file" in err and "sound.wav" in err and "2 of 3" in err
+    assert "no scorer.safetensors" in err
+    assert out.split() == [str(tmp_path / "out" / "clip.where.png")]
+    assert Image.open(tmp_path / "out" / "clip.where.png").size[0] > 1000
+    PICTURE.save(tmp_path / "picture.png")
+    save_scorers(tmp_path / "model" / "scorer.safetensors")
+    rest = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert cli.main(["explain", files[1], *rest, "--image", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "out" / "sound.where.png").exists() and "no scorer" not in capsys.readouterr().err
+    assert cli.main(["explain", files[2], *rest, "--start", "60"]) == 1
+    assert "ends before 60 s" in capsys.readouterr().err
+    assert cli.main(["explain", files[2], "--model", str(tmp_path / "nothing")]) == 2
