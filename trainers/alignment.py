@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -181,13 +182,15 @@ class AlignmentModel(nn.Module):
             `losses` [B], `audio` and `image`: moments of both token sets (see [`moments`]).
         """
         audio = self.dali.model.get_audio_tokens(input_features)  # A [B, n, d]
-        if image_tokens is None:
+        if pixel_values is not None:
             with torch.no_grad():
                 image_tokens = self.dali.get_image_tokens(pixel_values)  # I [B, m, d]
+        assert image_tokens is not None, "a batch has `pixel_values` or `image_tokens`"
         image = image_tokens.to(audio.dtype)
         mask = None if input_features_mask is None else self.dali.model.audio_token_mask(input_features_mask)
-        weights = {"audio_mask": mask, "pair_confidence": pair_weight}
+        weights: dict[str, Any] = {"audio_mask": mask, "pair_confidence": pair_weight}
 
+        losses: Any
         match self.args.loss:
             case "mmd":
                 losses = mmd(audio, image, **weights)
@@ -196,8 +199,8 @@ class AlignmentModel(nn.Module):
             case "sinkhorn":
                 losses = optimal_transport(audio, image, solver="sinkhorn", epsilon=self.args.epsilon, **weights)
             case "unbalanced_ot":
-                options = {"epsilon": self.args.epsilon, "marginal_penalty": self.args.marginal_penalty}
-                losses = optimal_transport(audio, image, solver="unbalanced", **options, **weights)
+                weights |= {"epsilon": self.args.epsilon, "marginal_penalty": self.args.marginal_penalty}
+                losses = optimal_transport(audio, image, solver="unbalanced", **weights)
             case "attentive_ot":
                 alpha, beta = (None, None) if uniform else self.scorer(audio, image, audio_mask=mask)
                 solver = self.args.attentive_solver
@@ -234,10 +237,16 @@ class AlignmentTrainer(StageTrainer):
         self.schedule = EntropySchedule(
             args.entropy_start, args.entropy_end, args.uniform_epochs, args.entropy_decay_end
         )
-        options = {"mask_padding": args.mask_padding, "augment": args.augment, "max_skipped": args.max_skipped}
-        collator = AlignmentCollator(processor, seed=args.seed, **options)
+        collator = AlignmentCollator(
+            processor,
+            mask_padding=args.mask_padding,
+            augment=args.augment,
+            max_skipped=args.max_skipped,
+            seed=args.seed,
+        )
         if args.cache_image_tokens is not None:
-            collator.image_tokens = cache_image_tokens(model, processor, args, train_dataset)
+            folder = args.cache_image_tokens
+            collator.image_tokens = cache_image_tokens(folder, model, processor, args, train_dataset)
         trained = ["audio_tower", "audio_projection", *(["scorer"] if args.loss == "attentive_ot" else [])]
         if args.ddp_find_unused_parameters is None:  # scorers rest while weights are uniform
             args.ddp_find_unused_parameters = args.loss == "attentive_ot"
@@ -303,7 +312,11 @@ class AlignmentTrainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Halves a constant learning rate every few epochs, as published; other schedules are `Trainer`'s."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "constant" and self.args.halve_after:
+        if (
+            getattr(self, "lr_scheduler", None) is None
+            and self.args.lr_scheduler_type == "constant"
+            and self.args.halve_after
+        ):
             steps_per_epoch = num_training_steps / self.args.num_train_epochs
 
             def factor(step: int) -> float:
@@ -366,7 +379,7 @@ def alignment_metrics(prediction: EvalPrediction) -> dict[str, float]:
     counts = torch.from_numpy(prediction.label_ids) > 0
     audio, image = (torch.from_numpy(side)[counts].double() for side in prediction.predictions)
     similarity = nn.functional.normalize(audio[:, :-1], dim=-1) @ nn.functional.normalize(image[:, :-1], dim=-1).T
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, scores in (("audio_to_image", similarity), ("image_to_audio", similarity.T)):
         better = (scores > scores.diagonal()[:, None]).sum(1)
         metrics |= {f"{name}_R@{k}": float((better < k).double().mean()) for k in (1, 5, 10)}
@@ -384,7 +397,7 @@ def alignment_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def cache_image_tokens(
-    model: DaliForConditionalGeneration, processor: DaliProcessor, args: AlignmentConfig, rows
+    folder: str, model: DaliForConditionalGeneration, processor: DaliProcessor, args: TrainingArguments, rows
 ) -> image_token_cache.ImageTokenCache:
     """
     Makes (what is missing of) the cache of the image tokens of a data set.
@@ -409,7 +422,7 @@ def cache_image_tokens(
         "layers": [model.config.vision_feature_layer, model.config.vision_feature_select_strategy],
     }
     return image_token_cache.build(
-        args.cache_image_tokens,
+        folder,
         without_decoding(rows),
         encode,
         identity,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class PrefixTuningConfig(TrainingArguments):
 
     # Prefix
     prefix_length: int = 16
-    prefix_position: str = "after_media"
+    prefix_position: Literal["after_media", "front"] = "after_media"
     question: str = QUESTION
 
     # Optimisation

@@ -200,7 +200,7 @@ def caption_shard(
             skipped.append(sample_id(row))
         else:
             samples[index] = sample
-    order = sorted(samples, key=lambda index: 0 if samples[index].sound is None else len(samples[index].sound))
+    order = sorted(samples, key=lambda index: sound_length(samples[index]))
     captions: dict[int, str] = {}
     sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(order), config.batch_size):
@@ -215,6 +215,11 @@ def caption_shard(
         )
         captions |= dict(zip(batch, processor.decode_captions(generated, inputs), strict=True))
     return [{"id": sample_id(rows[index]), "caption": captions[index]} for index in sorted(captions)], skipped
+
+
+def sound_length(sample: CaptionSample) -> int:
+    """Samples of a clip's sound, which decide how long its prompt is."""
+    return 0 if sample.sound is None else len(sample.sound)
 
 
 def _replace(path: Path, write) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -99,17 +100,18 @@ class StreamedRows(torch.utils.data.IterableDataset):
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
         worker = torch.utils.data.get_worker_info()
-        workers = 1 if worker is None else worker.num_workers
         # In workers a `datasets` stream shares out its shards by itself.
-        mine = None if workers == 1 or hasattr(self.stream, "set_epoch") else worker.id
+        shares, mine = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        if hasattr(self.stream, "set_epoch"):
+            shares, mine = 1, 0
         count = 0
         for index, row in enumerate(self.stream):
             if index == self.length:
                 return
             count += 1
-            if mine is None or index % workers == mine:
+            if index % shares == mine:
                 yield {**row, "epoch": epoch, "index": index}
-        if workers == 1 and count < self.length:
+        if worker is None and count < self.length:
             raise ValueError(f"The stream ends after {count} rows, but `train_rows` says {self.length}.")
 
 
@@ -171,7 +173,8 @@ class StageTrainer(Trainer):
         train_only(model, trained)
         # FSDP shards by these names, and refuses one that the model does not have.
         present = {type(module).__name__ for module in model.modules()}
-        model._no_split_modules = sorted(present & set(model._no_split_modules or ()))  # type: ignore[arg-type]
+        names: Any = getattr(model, "_no_split_modules", None) or ()
+        model._no_split_modules = sorted(present.intersection(names))  # type: ignore[assignment]
         self.sampler = None
         super().__init__(
             model,

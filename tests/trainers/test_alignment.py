@@ -70,7 +70,8 @@ def test_lambda_follows_the_epoch(tmp_path):
 
 
 def test_learning_rates(tmp_path):
-    trainer = align(tmp_path, num_train_epochs=20, learning_rate=1e-4, scorer_learning_rate=3e-4)
+    rates = {"learning_rate": 1e-4, "scorer_learning_rate": 3e-4}
+    trainer = align(tmp_path, clips(20), num_train_epochs=20, per_device_train_batch_size=2, **rates)
     optimizer, scheduler = trainer.create_optimizer(), trainer.create_scheduler(20 * 10)
     assert type(optimizer) is torch.optim.Adam and optimizer.defaults["betas"] == (0.95, 0.999)
     rates = []

@@ -52,7 +52,7 @@ def test_data_sets(tmp_path):
     assert next(iter(load_rows(world["dataset"], streaming=True)))["id"] == "clip0"
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n')
     assert load_rows(str(tmp_path / "rows.jsonl"))["id"][1] == "b"
-    with pytest.raises(ValueError, match="There is no data set .*nowhere"):
+    with pytest.raises(ValueError, match=r"There is no data set .*nowhere"):
         load_rows(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="No data set was given"):
         load_rows("")
