@@ -1,0 +1,1 @@
+"""Training: losses, the stage trainers, metrics, and the demonstrations."""
