@@ -9,6 +9,9 @@ soft tokens can choose a style later, but not teach one.
 Caption loss alone sticks on a plateau: the model learns the wording first, and the tower gets no gradient that tells
 one thing from another. So each image token also names words by itself, and the strongest names of a picture are held
 against the words of its captions.
+
+Noise on the image tokens makes the language model read tokens that are not quite those of a picture, as audio tokens
+never are, and leaves the tower little room for what no caption tells, such as the colour of the sky.
 """
 
 import re
@@ -56,6 +59,7 @@ class CaptionerConfig(TrainingArguments):
         vision_layers, text_layers: Blocks of the two.
         num_heads: Attention heads of the two.
         words_weight: Weight of the loss by which image tokens learn to name words.
+        token_noise: Noise on the image tokens, in standard deviations of theirs.
 
     All other arguments are those of [`~transformers.TrainingArguments`].
     """
@@ -74,6 +78,7 @@ class CaptionerConfig(TrainingArguments):
 
     # Optimisation
     words_weight: float = 10.0
+    token_noise: float = 0.7
     learning_rate: float = 1e-3
     max_steps: int = 800
     per_device_train_batch_size: int = 64
@@ -230,14 +235,22 @@ class CaptionerModel(nn.Module):
     Args:
         llava: The captioner.
         words_weight: Weight of the words' loss.
+        token_noise: Noise on the image tokens in training, in standard deviations of theirs.
     """
 
-    def __init__(self, llava: LlavaForConditionalGeneration, words_weight: float):
+    def __init__(self, llava: LlavaForConditionalGeneration, words_weight: float, token_noise: float):
         super().__init__()
-        self.llava, self.words_weight = llava, words_weight
+        self.llava, self.words_weight, self.token_noise = llava, words_weight, token_noise
+        llava.model.multi_modal_projector.register_forward_pre_hook(self._add_noise)
         self._no_split_modules = llava._no_split_modules  # for sharded training
         self.words = nn.Linear(llava.config.text_config.hidden_size, llava.config.text_config.vocab_size)
         nn.init.constant_(self.words.bias, RARE)
+
+    def _add_noise(self, projector: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (tokens,) = inputs  # [B, tokens, width]
+        if not projector.training:
+            return inputs
+        return (tokens + self.token_noise * tokens.detach().std() * torch.randn_like(tokens),)
 
     def forward(self, words: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
         """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
@@ -273,7 +286,7 @@ class CaptionerTrainer(StageTrainer):
     ):
         torch.manual_seed(args.seed)
         collator = CaptionerCollator(processor, model.config.image_seq_length, args.seed)
-        wrapper = CaptionerModel(model, args.words_weight)
+        wrapper = CaptionerModel(model, args.words_weight, args.token_noise)
         super().__init__(wrapper, args, ["llava", "words"], processor, train_dataset, None, collator, **kwargs)
         self.model_accepts_loss_kwargs = False
 

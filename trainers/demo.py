@@ -21,6 +21,7 @@ checkpoint of the one that was cut off.
 import io
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from typing import Any
 
 import av
 import datasets
+import numpy as np
 import soundfile
 import torch
 from PIL import Image
@@ -40,8 +42,10 @@ from transformers.utils import logging
 
 from datasets_scripts.sounding_world import SYNONYMS, sounding_world, vocabulary
 from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.explain import explain, find_scorers
 from trainers.alignment import AlignmentConfig, AlignmentTrainer
 from trainers.captioner import CaptionerConfig, CaptionerTrainer, new_captioner, texts_of
+from trainers.data_collator import read_audio, read_image, without_decoding
 from trainers.distillation import DistillationConfig, DistillationTrainer, join_captions
 from trainers.evaluate import EvaluationConfig, predict, score, table, write
 from trainers.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
@@ -328,6 +332,9 @@ class Demo:
         """Stage 2, second half."""
         rows = join_captions(self.rows("distillation"), str(self.output / captions))
         self.tune(rows, "distillation", start, folder, **settings)
+        scorers = self.output / start / "scorer.safetensors"
+        if scorers.exists():  # for `dali explain`: distillation leaves the audio tokens as they were
+            shutil.copy(scorers, self.output / folder)
 
     def supervised(self, start: str = "aligned", folder: str = "supervised", **settings) -> None:
         """The upper bound: sound with true captions; the audio encoder learns along."""
@@ -341,12 +348,10 @@ class Demo:
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
-    def scores(
-        self, folder: str, modality: str = "audio", prefix: bool = False, variant: str = "standard", name: str = ""
-    ) -> dict:
+    def scores(self, folder: str, modality: str = "audio", prefix: bool = False, variant: str = "standard") -> dict:
         """Captions a test split with a model, writes the predictions, and scores them."""
         model, processor = self.model(folder, prefix)
-        target = self.output / "evaluation" / (name or f"{folder}-{modality}-{variant}")
+        target = self.output / "evaluation" / f"{folder}-{modality}-{variant}".replace("/", "-")
         config = EvaluationConfig(
             model=str(self.output / folder),
             data=str(self.output / "world" / variant),
@@ -387,6 +392,26 @@ class Demo:
         with torch.no_grad():
             return list(captions.values()), model(**inputs).logits
 
+    def attention_to_sounding_things(self, folder: str) -> float | None:
+        """
+        Area under the ROC curve of the weights of image tokens, on sounding things against silent ones.
+
+        Over the tokens, each relative to the mean of its picture, whose centre lies in the box of one kind of thing
+        only, of pictures that have both kinds; None where no picture has.
+        """
+        model, processor = self.model(folder)
+        scorers = find_scorers(self.output / folder)
+        weights: dict[bool, list[float]] = {True: [], False: []}
+        for row in without_decoding(self.rows("test")):
+            if {thing["sounds"] for thing in row["things"]} != {True, False}:
+                continue
+            rate = processor.feature_extractor.sampling_rate
+            samples, picture = read_audio(row["audio"], rate), read_image(row["image"])
+            found = explain(model, processor, samples, picture, scorers).image_weights
+            for sounds, values in weights_by_kind(found / found.mean(), row["things"], picture.width).items():
+                weights[sounds] += values
+        return area_under_roc(weights[True], weights[False]) if weights[True] and weights[False] else None
+
     def evaluation(self) -> None:
         """Scores of all stages, and what must hold."""
         jobs: dict[str, tuple] = {
@@ -406,7 +431,8 @@ class Demo:
                 self.progress.done((number + 1) / len(jobs))
         before, after = self.image_captions("untrained"), self.image_captions("model")
         same = before[0] == after[0] and torch.equal(before[1], after[1])
-        results = {"variants": variants, "must_hold": must_hold(variants, same)}
+        area = self.attention_to_sounding_things("model")
+        results = {"variants": variants, "must_hold": must_hold(variants, same, area)}
         (self.output / "evaluation" / "results.json").write_text(json.dumps(results, indent=1))
 
     def stages(self) -> list[Stage]:
@@ -423,13 +449,14 @@ class Demo:
         ]
 
 
-def must_hold(variants: dict[str, dict], image_captions_same: bool) -> list[dict]:
+def must_hold(variants: dict[str, dict], image_captions_same: bool, area: float | None) -> list[dict]:
     """
     The figures that the method is held against.
 
     Args:
         variants: Scores by name.
         image_captions_same: Whether image captions are those of before all stages.
+        area: Under the ROC curve of the weights of image tokens; None counts as missed.
 
     Returns:
         For each `what`, `value`, `bound` and whether it is `met`.
@@ -452,10 +479,39 @@ def must_hold(variants: dict[str, dict], image_captions_same: bool) -> list[dict
             0.0,
         ),
         ("image captions the same before and after all stages", float(image_captions_same), 1.0),
+        ("area under ROC: weights on sounding things against silent ones", area or 0.0, 0.7),
     ]
     return [
         {"what": what, "value": value, "bound": bound, "met": bool(value >= bound)} for what, value, bound in figures
     ]
+
+
+def weights_by_kind(weights: np.ndarray, things: list[dict], image_size: int) -> dict[bool, list[float]]:
+    """
+    Weights of the image tokens on things that sound, and of those on silent ones.
+
+    Args:
+        weights: [rows, columns] of the tokens of a picture.
+        things: With `box` [left, top, right, bottom] in pixels and `sounds`.
+        image_size: Side of the picture in pixels.
+
+    Returns:
+        Weights of the tokens whose centre lies in boxes of one kind only, by whether that kind sounds.
+    """
+    centres = (np.arange(len(weights)) + 0.5) * image_size / len(weights)
+    inside = {kind: np.zeros(weights.shape, dtype=bool) for kind in (True, False)}
+    for thing in things:
+        left, top, right, bottom = thing["box"]
+        rows, columns = (centres > top) & (centres < bottom), (centres > left) & (centres < right)
+        inside[thing["sounds"]] |= rows[:, None] & columns
+    return {kind: weights[inside[kind] & ~inside[not kind]].tolist() for kind in (True, False)}
+
+
+def area_under_roc(positive: list[float], negative: list[float]) -> float:
+    """Probability that a positive value is larger than a negative one; ties count half."""
+    ordered = np.sort(negative)
+    below, upto = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
+    return float((below + upto).mean() / 2 / len(negative))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,7 +596,8 @@ def run(config: DemoConfig) -> dict:
     }
     results["peak memory (GiB)"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
-    write_report(demo, results)
+    models = {name: demo.model(folder) for name, folder in (("before alignment", "untrained"), ("aligned", "model"))}
+    write_report(output, results, models, demo.rows("test"))
     return results
 
 

@@ -1,0 +1,190 @@
+"""What each part of the method is worth, on the sounding world.
+
+    python -m trainers.ablation [--demo runs/demo] [--seeds 0,1,2] [--losses contrastive,mmd,ot,sinkhorn,attentive_ot]
+
+Alignment by contrast, MMD, exact optimal transport, Sinkhorn and attentive optimal transport, each before and after
+distillation, from sound alone and from sound and picture. Above them the supervised twin (the same model, tuned on
+sounds with true captions), below them an ear that was not trained and the most frequent caption. World, captioner and
+prefix are the demonstration's, which is run as far as them if it was not. Seeds vary the start of the audio encoder,
+the order of the data and the sampling of captions.
+
+Writes into `ablation` in the demonstration's folder: `results.json` (every run, and how often each loss came out above
+another) and `table.md` (means and spreads over seeds). What is done is not done again.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import datasets
+from transformers.utils import logging
+
+from trainers.alignment import LOSSES
+from trainers.demo import RECIPES, Demo, DemoConfig, Stage, claim, run_stages
+from trainers.recipes import parse_recipe
+
+COLUMNS = ("cider_d", "rouge_l", "recall", "precision")
+FINAL = "after distillation, sound"
+TWIN_STARTS_FROM = "attentive_ot"
+
+
+@dataclass
+class AblationConfig:
+    """
+    Settings of the ablation.
+
+    Args:
+        demo: Folder of the demonstration whose world, captioner and prefix are used.
+        recipes: Folder of the stages' recipes.
+        seeds: Divided by commas.
+        losses: Of the alignment, divided by commas; `attentive_ot` is always among them: the twin starts from it.
+    """
+
+    demo: str = "runs/demo"
+    recipes: str = str(RECIPES)
+    seeds: str = "0,1,2"
+    losses: str = "attentive_ot,ot,sinkhorn,mmd,contrastive"
+
+    def __post_init__(self):
+        chosen = self.losses.split(",")
+        if unknown := [loss for loss in chosen if loss not in LOSSES]:
+            raise ValueError(f"`losses` are out of {', '.join(LOSSES)}; {unknown[0]!r} is none of them.")
+        if TWIN_STARTS_FROM not in chosen:
+            raise ValueError(f"`losses` must include {TWIN_STARTS_FROM}: the supervised twin starts from it.")
+
+
+def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
+    """Scores of one loss and one seed, before and after distillation, from sound and from sound and picture."""
+    base = f"ablation/{loss}-{seed}"
+    start = untrained(demo, seed)
+    demo.alignment(start, f"{base}/aligned", loss=loss, seed=seed)
+    demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
+    demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
+    return {
+        f"{when} distillation, {what}": demo.scores(f"{base}/{folder}", modality, prefix)
+        for when, folder, prefix in (("before", "aligned", True), ("after", "model", False))
+        for what, modality in (("sound", "audio"), ("sound and picture", "audio_image"))
+    }
+
+
+def run_bounds(demo: Demo, seed: int) -> dict[str, dict]:
+    """Scores of the supervised twin, of an untrained ear and of the most frequent caption."""
+    twin, start = f"ablation/supervised-{seed}", untrained(demo, seed)
+    demo.supervised(f"ablation/{TWIN_STARTS_FROM}-{seed}/aligned", twin, seed=seed)
+    return {
+        "supervised twin": demo.scores(twin),
+        "untrained ear": demo.scores(start, prefix=True),
+        "most frequent caption": demo.most_frequent_caption(),
+    }
+
+
+def untrained(demo: Demo, seed: int) -> str:
+    """Folder of the captioner with an ear of random weights."""
+    folder = f"ablation/untrained-{seed}"
+    if not (demo.output / folder / "processor_config.json").exists():  # the last file that is written
+        demo.listener(seed, folder)
+    return folder
+
+
+def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
+    """
+    The whole ablation.
+
+    Args:
+        config: Settings.
+        demo_config: Settings of the demonstration, by default those of `trainers.demo`.
+
+    Returns:
+        What `results.json` holds.
+    """
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    demo = Demo(demo_config or DemoConfig(config.demo, config.recipes))
+    claim(demo.output, demo.config)
+    shared = [stage for stage in demo.stages() if stage.name in ("world", "captioner", "prefix tuning")]
+    run_stages(shared, demo.output / "done", demo.attach)
+
+    folder = demo.output / "ablation"
+    seeds, losses = [int(seed) for seed in config.seeds.split(",")], config.losses.split(",")
+    runs: dict[str, Path] = {}
+    stages = []
+
+    def add(name: str, seconds: float, score: Callable[[], dict]) -> None:
+        runs[name] = folder / f"{name.replace(' ', '-')}.json"
+        stages.append(Stage(name, seconds, lambda: _write(runs[name], score())))
+
+    for seed in seeds:
+        for loss in losses:
+            add(f"{loss} {seed}", 250, lambda loss=loss, seed=seed: run_loss(demo, loss, seed))
+        add(f"bounds {seed}", 40, lambda seed=seed: run_bounds(demo, seed))
+    seconds = run_stages(stages, folder / "done", demo.attach)
+    scores = {name: json.loads(file.read_text()) for name, file in runs.items()}
+    results = {"runs": scores, "above": above(scores, losses, seeds), "seconds": seconds}
+    _write(folder / "results.json", results)
+    (folder / "table.md").write_text(table(summary(scores)), encoding="utf-8")
+    return results
+
+
+def _write(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))
+
+
+def summary(runs: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, list[float]]]:
+    """
+    Scores by variant.
+
+    Args:
+        runs: `"LOSS SEED"` or `"bounds SEED"` to the scores of its variants.
+
+    Returns:
+        Variant to score to its values over seeds.
+    """
+    lines: dict[str, dict[str, list[float]]] = {}
+    for name, variants in runs.items():
+        loss = name.rsplit(" ", 1)[0]
+        for variant, scores in variants.items():
+            line = lines.setdefault(variant if loss == "bounds" else f"{loss}, {variant}", {})
+            for column in COLUMNS:
+                line.setdefault(column, []).append(scores[column])
+    return lines
+
+
+def table(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Mean and standard deviation over seeds, as Markdown."""
+    rows = [f"| | {' | '.join(COLUMNS)} | runs |", "|---" + "|---:" * (len(COLUMNS) + 1) + "|"]
+    for name, scores in sorted(lines.items(), key=lambda line: -statistics.mean(line[1]["recall"])):
+        cells = [_mean_and_spread(scores[column]) for column in COLUMNS]
+        rows.append(f"| {name} | {' | '.join(cells)} | {len(scores['recall'])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def above(runs: Mapping[str, Mapping], losses: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[str, str]]:
+    """For each two losses, in how many seeds the first had the higher recall and CIDEr-D in the end."""
+    counts: dict[str, dict[str, str]] = {}
+    for first, second in permutations(losses, 2):
+        finals = [(runs[f"{first} {seed}"][FINAL], runs[f"{second} {seed}"][FINAL]) for seed in seeds]
+        counts[f"{first} above {second}"] = {
+            score: f"{sum(a[score] > b[score] for a, b in finals)} of {len(seeds)}" for score in ("recall", "cider_d")
+        }
+    return counts
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs as the command line says."""
+    config = parse_recipe(AblationConfig, sys.argv[1:] if arguments is None else arguments)
+    run(config)
+    print((Path(config.demo) / "ablation" / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
