@@ -124,9 +124,10 @@ def predict(
     for start in range(0, len(rows), BLOCK):
         block = [{**rows[i], "index": i} for i in range(start, min(start + BLOCK, len(rows)))]
         done, missed = caption_shard(model, processor, collator, block, decoding)
-        if repeated := [row["id"] for row in done if row["id"] in captions]:
-            raise ValueError(f"Two clips have the id {repeated[0]}: ids must differ.")
-        captions |= {row["id"]: row["caption"] for row in done}
+        for row in done:
+            if row["id"] in captions:
+                raise ValueError(f"Two clips have the id {row['id']}: ids must differ.")
+            captions[row["id"]] = row["caption"]
         skipped += missed
     return captions, skipped
 
