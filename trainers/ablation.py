@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -119,8 +120,8 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
 
     for seed in seeds:
         for loss in losses:
-            add(f"{loss} {seed}", 250, lambda loss=loss, seed=seed: run_loss(demo, loss, seed))
-        add(f"bounds {seed}", 40, lambda seed=seed: run_bounds(demo, seed))
+            add(f"{loss} {seed}", 250, partial(run_loss, demo, loss, seed))
+        add(f"bounds {seed}", 40, partial(run_bounds, demo, seed))
     seconds = run_stages(stages, folder / "done", demo.attach)
     scores = {name: json.loads(file.read_text()) for name, file in runs.items()}
     results = {"runs": scores, "above": above(scores, losses, seeds), "seconds": seconds}

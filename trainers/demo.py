@@ -92,7 +92,7 @@ class DemoConfig:
     # Audio encoder
     num_mel_bins: int = 64
     audio_patch_size: int = 16
-    audio_width: int = 128
+    audio_width: int = 96
     audio_layers: int = 3
     audio_heads: int = 4
 
@@ -539,7 +539,8 @@ def write_video(path: Path, wav: bytes, picture: Image.Image) -> None:
     samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=VIDEO_RATE)
-        video.width, video.height, video.pix_fmt, video.bit_rate = *picture.size, "yuv420p", 1_000_000
+        video.width, video.height = picture.size
+        video.pix_fmt, video.bit_rate = "yuv420p", 1_000_000
         audio = container.add_stream("aac", rate=rate, layout="mono")
         frame = av.VideoFrame.from_image(picture)
         for index in range(round(VIDEO_RATE * len(samples) / rate)):

@@ -14,7 +14,7 @@ listed in `skipped.txt` and in the metrics; more of them than `--max_skipped` ar
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def score(
     rows,
     metrics: Sequence[str] | str = METRICS,
     tokenizer: str = "plain",
-    synonyms: Mapping[str, Sequence[str]] | None = None,
+    synonyms: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[dict, list[dict]]:
     """
     Holds captions against their references.
@@ -161,9 +161,13 @@ def score(
     summary: dict = {**scores.corpus, "clips": len(rows)}
     if scores.missing:
         summary["missing"] = scores.missing
-    clips = [
-        {"id": sample_id(row), "caption": caption, "references": own}
-        | {name: values[index] for name, values in scores.clips.items()}
+    clips: list[dict] = [
+        {
+            "id": sample_id(row),
+            "caption": caption,
+            "references": own,
+            **{name: values[index] for name, values in scores.clips.items()},
+        }
         for index, (row, caption, own) in enumerate(zip(rows, written, references, strict=True))
     ]
     if synonyms:

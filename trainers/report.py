@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from PIL import Image
+from transformers import EvalPrediction
 
 from modeling_dali.explain import explain, find_scorers, over_picture, spectrogram
 from trainers.alignment import alignment_metrics, moments
@@ -50,11 +52,11 @@ def write_report(
     """
     rows = without_decoding(rows)
     chosen = choose_clips(rows, CLIPS)
-    model, processor = list(models.values())[-1]
+    last, last_processor = list(models.values())[-1]
     scorers = find_scorers(output / "model")
     captions = {stage: read_captions(output / "evaluation" / folder) for stage, folder in STAGES.items()}
-    clips = [clip_card(rows[index], model, processor, scorers, captions) for index in chosen]
-    clouds = [token_cloud(name, *loaded, rows) for name, loaded in models.items()]
+    clips = [clip_card(rows[index], last, last_processor, scorers, captions) for index in chosen]
+    clouds = [token_cloud(name, model, processor, rows) for name, (model, processor) in models.items()]
     spent = results["seconds"]["all"]
     minutes = f"All of it took {spent['wall'] / 60:.1f} minutes, {spent['cpu'] / 60:.1f} of processor time."
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
@@ -157,7 +159,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
     steps, losses = np.array(points, dtype=float).T
     x, y = _scale(steps, 44, 292), _scale(losses, 150, 10)
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return _safe(
+    return Markup(
         f'<svg viewBox="0 0 300 180" role="img"><path d="M44 10V150H292" fill="none" stroke="#d0d5dd"/>'
         f'<text x="40" y="16" text-anchor="end">{losses.max():.3g}</text>'
         f'<text x="40" y="150" text-anchor="end">{losses.min():.3g}</text>'
@@ -199,22 +201,14 @@ def token_cloud(name: str, model, processor, rows) -> dict:
         f'<circle cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2" fill="{"#e0662b" if i < len(audio) else "#2f6fde"}"/>'
         for i in order
     )
-    return {"name": name, "gap": gap, "svg": _safe(f'<svg viewBox="0 0 300 220" fill-opacity=".55">{dots}</svg>')}
+    return {"name": name, "gap": gap, "svg": Markup(f'<svg viewBox="0 0 300 220" fill-opacity=".55">{dots}</svg>')}
 
 
 def modality_gap(audio: torch.Tensor, image: torch.Tensor) -> float:
     """The gap between the tokens [B, n, d] and [B, m, d] of two sides, as alignment measures it."""
-    prediction = type("Prediction", (), {})()
-    prediction.predictions = (moments(audio).numpy(), moments(image).numpy())
-    prediction.label_ids = np.ones(len(audio))
-    return alignment_metrics(prediction)["modality_gap"]
+    sides = (moments(audio).numpy(), moments(image).numpy())
+    return alignment_metrics(EvalPrediction(sides, np.ones(len(audio))))["modality_gap"]
 
 
 def _scale(values: np.ndarray, start: float, end: float) -> np.ndarray:
     return start + (values - values.min()) / (np.ptp(values) or 1) * (end - start)
-
-
-def _safe(svg: str):
-    from markupsafe import Markup
-
-    return Markup(svg)
