@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration
 from modeling_dali.feature_extraction_dali import mel_filter_bank
 
-IMAGE, AUDIO, PROMPT, ANSWER = 4, 5, 24, 32
+IMAGE, AUDIO, PROMPT, ANSWER = 4, 5, 24, 64  # at most 64 new tokens, as in the released code
 
 
 def in_turn(ours, plain, repeats=15, warm_up=3):

