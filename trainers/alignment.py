@@ -340,8 +340,14 @@ class AlignmentTrainer(StageTrainer):
         scorer = {name: t.contiguous() for name, t in state_dict.items() if name.startswith("scorer.")}
         self.dali.save_pretrained(folder, state_dict=state)
         self.processing_class.save_pretrained(folder)
-        if scorer:
-            save_file(scorer, folder / "scorer.safetensors")
+        if scorer:  # with what their weights do not tell, for `modeling_dali.explain`
+            told = {
+                "heads": self.args.scorer_heads,
+                "temperature": self.args.scorer_temperature,
+                "uniform_mix": self.args.uniform_mix,
+            }
+            metadata = {name: str(value) for name, value in told.items()}
+            save_file(scorer, folder / "scorer.safetensors", metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from modeling_dali import cli
 from modeling_dali.explain import Scorers, explain, find_scorers, heat, nearest_plan, over_picture, squared_distances
 from tests.tiny import tiny_dali
+from tests.trainers.stages import clips, settings
+from trainers.alignment import AlignmentConfig, AlignmentTrainer
 from trainers.demo import write_video
 from trainers.losses import TransportScorer, optimal_transport
 
@@ -102,3 +104,16 @@ def test_command_writes_a_picture_for_each_file(tmp_path, capsys):
     assert cli.main(["explain", files[2], *rest, "--start", "60"]) == 1
     assert "ends before 60 s" in capsys.readouterr().err
     assert cli.main(["explain", files[2], "--model", str(tmp_path / "nothing")]) == 2
+
+
+def test_scorers_of_a_trained_model_keep_their_settings(tmp_path):
+    model, processor = tiny_dali()
+    options = settings(tmp_path, scorer_heads=4, scorer_temperature=2.5, uniform_mix=0.25)
+    trainer = AlignmentTrainer(model, AlignmentConfig(**options, save_strategy="no"), processor, clips(2))
+    trainer.save_model()
+    scorers = find_scorers(tmp_path)
+    assert (scorers.heads, scorers.temperature, scorers.uniform_mix) == (4, 2.5, 0.25)
+    audio, image = torch.randn(7, 24), torch.randn(5, 24)
+    with torch.no_grad():
+        alpha, beta = trainer.model.scorer(audio[None], image[None])
+    torch.testing.assert_close(torch.cat(scorers(audio, image)), torch.cat([alpha[0], beta[0]]))

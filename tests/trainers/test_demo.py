@@ -1,6 +1,7 @@
 """The whole demonstration, as small as can be: what it writes, that it resumes, repeats, leaves images alone."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def test_writes_what_it_promises(finished):
     config, results = finished
     output = Path(config.output)
     assert json.loads((output / "results.json").read_text()) == results
-    assert (output / "report.html").stat().st_size > 0
+    page = (output / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in page  # nothing beside it
+    assert page.count('class="card clip"') == config.test and page.count("<audio") == config.test
+    assert page.count("<svg") == 5 + 2 and "nan" not in re.sub(r"base64,[^\"]*", "", page)
     assert set(results["seconds"]) == {stage.name for stage in Demo(config).stages()} | {"all"}
     for name, scores in results["variants"].items():
         assert 0 <= scores["recall"] <= 1 and scores["clips"] == config.test, name
