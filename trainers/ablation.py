@@ -9,7 +9,8 @@ prefix are the demonstration's, which is run as far as them if it was not. Seeds
 the order of the data and the sampling of captions.
 
 Writes into `ablation` in the demonstration's folder: `results.json` (every run, and how often each loss came out above
-another) and `table.md` (means and spreads over seeds). What is done is not done again.
+another) and `table.md` (means and spreads over seeds), and adds them to the demonstration's report. What is done is
+not done again.
 """
 
 import json
@@ -27,8 +28,8 @@ from transformers.utils import logging
 from trainers.alignment import LOSSES
 from trainers.demo import RECIPES, Demo, DemoConfig, Stage, claim, run_stages
 from trainers.recipes import parse_recipe
+from trainers.report import COLUMNS
 
-COLUMNS = ("cider_d", "rouge_l", "recall", "precision")
 FINAL = "after distillation, sound"
 TWIN_STARTS_FROM = "attentive_ot"
 
@@ -124,9 +125,15 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
         add(f"bounds {seed}", 40, partial(run_bounds, demo, seed))
     seconds = run_stages(stages, folder / "done", demo.attach)
     scores = {name: json.loads(file.read_text()) for name, file in runs.items()}
-    results = {"runs": scores, "above": above(scores, losses, seeds), "seconds": seconds}
+    lines = summary(scores)
+    means = {
+        name: {column: statistics.mean(values) for column, values in line.items()} for name, line in lines.items()
+    }
+    results = {"runs": scores, "means": means, "above": above(scores, losses, seeds), "seconds": seconds}
     _write(folder / "results.json", results)
-    (folder / "table.md").write_text(table(summary(scores)), encoding="utf-8")
+    (folder / "table.md").write_text(table(lines), encoding="utf-8")
+    if (demo.output / "results.json").exists():
+        demo.report()
     return results
 
 

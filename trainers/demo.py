@@ -435,6 +435,20 @@ class Demo:
         results = {"variants": variants, "must_hold": must_hold(variants, same, area)}
         (self.output / "evaluation" / "results.json").write_text(json.dumps(results, indent=1))
 
+    def report(self) -> None:
+        """Writes the report, with the results of the ablation if there are any."""
+        results = json.loads((self.output / "results.json").read_text())
+        models = {"before alignment": self.model("untrained")}
+        ablation = self.output / "ablation" / "results.json"
+        if ablation.exists():
+            found = json.loads(ablation.read_text())
+            results["variants"] |= {f"ablation: {name}": scores for name, scores in found["means"].items()}
+            for run in found["runs"]:
+                loss, seed = run.split(" ")
+                if loss != "bounds":
+                    models.setdefault(f"{loss} (ablation)", self.model(f"ablation/{loss}-{seed}/aligned"))
+        write_report(self.output, results, models | {"aligned": self.model("model")}, self.rows("test"))
+
     def stages(self) -> list[Stage]:
         """All stages, with about the seconds that they take on two cores."""
         return [
@@ -597,8 +611,7 @@ def run(config: DemoConfig) -> dict:
     }
     results["peak memory (GiB)"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
-    models = {name: demo.model(folder) for name, folder in (("before alignment", "untrained"), ("aligned", "model"))}
-    write_report(output, results, models, demo.rows("test"))
+    demo.report()
     return results
 
 

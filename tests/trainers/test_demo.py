@@ -215,6 +215,8 @@ def test_ablation_reuses_the_captioner_and_writes_a_table(finished, monkeypatch)
     }
     lines = Path(config.output, "ablation", "table.md").read_text().splitlines()
     assert len(lines) == 2 + 2 * 4 + 3 and all("±" in line and line.endswith("| 2 |") for line in lines[2:])
+    page = Path(config.output, "report.html").read_text()
+    assert "mmd (ablation)" in page and "ablation: supervised twin" in page
     trained.clear()
     assert ablation.run(settings, config)["runs"] == results["runs"] and not trained
 
