@@ -217,6 +217,7 @@ def peak_memory(name: str, side: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stages", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--memory", choices=VARIANTS)
     parser.add_argument("--side", type=int, default=0)
     given = parser.parse_args()
@@ -231,8 +232,8 @@ def main() -> None:
             return
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH}")
         print("| stage | samples/s | naive | ratio | peak MiB | naive |\n|---|---|---|---|---|---|")
-        for name, builders in VARIANTS.items():
-            sides = [build_side(f"{folder}/{name}{k}") for k, build_side in enumerate(builders)]
+        for name in given.stages:
+            sides = [build_side(f"{folder}/{name}{k}") for k, build_side in enumerate(VARIANTS[name])]
             for step in sides:
                 step()
             times = [[timed(step) for step in sides] for _ in range(given.repeats)]

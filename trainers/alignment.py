@@ -179,7 +179,7 @@ class AlignmentModel(nn.Module):
             entropy_weight: lambda.
 
         Returns:
-            `losses` [B], `audio` and `image`: moments of both token sets (see [`moments`]).
+            `losses` [B]; in eval mode also `audio` and `image`, moments of both token sets (see [`moments`]).
         """
         audio = self.dali.model.get_audio_tokens(input_features)  # A [B, n, d]
         if pixel_values is not None:
@@ -208,6 +208,8 @@ class AlignmentModel(nn.Module):
             case "contrastive":
                 pooled = mean_tokens(audio, mask), mean_tokens(image)
                 losses = contrastive(*pooled, 1 / self.args.temperature, pair_confidence=pair_weight)
+        if self.training:
+            return {"losses": losses}
         return {"losses": losses, "audio": moments(audio, mask), "image": moments(image)}
 
 
@@ -312,16 +314,15 @@ class AlignmentTrainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Halves a constant learning rate every few epochs, as published; other schedules are `Trainer`'s."""
-        if (
-            getattr(self, "lr_scheduler", None) is None
-            and self.args.lr_scheduler_type == "constant"
-            and self.args.halve_after
-        ):
-            steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        args = self.args
+        halves = args.lr_scheduler_type == "constant" and args.halve_after
+        if halves and getattr(self, "lr_scheduler", None) is None:
+            global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            steps_per_epoch = math.ceil(len(self.train_dataset) / global_batch)
 
             def factor(step: int) -> float:
-                late = step / steps_per_epoch - self.args.halve_after
-                return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / self.args.halve_every))
+                late = step / steps_per_epoch - args.halve_after
+                return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / args.halve_every))
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True

@@ -235,7 +235,7 @@ class StageTrainer(Trainer):
         name, settings = f"checkpoint-{self.state.global_step}", self.args.to_json_string()
         staging, final = output_dir / STAGING / name, output_dir / name
         if self.is_world_process_zero():
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging.parent, ignore_errors=True)  # what a kill has left
         self.accelerator.wait_for_everyone()
         self.args.output_dir, self.args.save_total_limit = str(staging.parent), None
         try:
@@ -248,9 +248,9 @@ class StageTrainer(Trainer):
                     self.state.save_to_json(staging / "trainer_state.json")
                 shutil.rmtree(final, ignore_errors=True)
                 staging.rename(final)
-                staging.parent.rmdir()
+                shutil.rmtree(staging.parent, ignore_errors=True)
         except WRITE_ERRORS as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging.parent, ignore_errors=True)
             last = get_last_checkpoint(output_dir)
             raise OSError(
                 f"{final} could not be written: {error}. "

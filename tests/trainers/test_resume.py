@@ -10,6 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_dali import DaliForConditionalGeneration
 from tests.trainers.stage_worker import STAGES, build, start, train
+from tests.trainers.stages import clips
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -76,6 +77,13 @@ def test_killed_with_accumulation_and_cache(tmp_path):
         cache = {"cache_image_tokens": str(tmp_path / f"{name}-tokens")}
         code = start(train, "alignment", tmp_path / name, step, **options, **cache)
         assert code == [-signal.SIGKILL if step else 0]
+    assert_same_bits(tmp_path / "cut", torch.load(tmp_path / "whole" / "final.pt"))
+
+
+def test_killed_on_a_stream(tmp_path):
+    options = {"rows": clips().to_iterable_dataset(), "train_rows": 8, "loss": "mmd"}
+    for name, step in (("whole", 0), ("cut", 5), ("cut", 0)):
+        assert start(train, "alignment", tmp_path / name, step, **options) == [-signal.SIGKILL if step else 0]
     assert_same_bits(tmp_path / "cut", torch.load(tmp_path / "whole" / "final.pt"))
 
 
