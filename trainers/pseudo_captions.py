@@ -4,14 +4,15 @@
 
 Rows are cut into shards of equal size. A shard is captioned by one process, written beside its name and then renamed:
 what stands under a shard's name is whole. A run that was killed goes on with the shards that are missing. Sampling is
-seeded by shard, so captions do not depend on how often the run was interrupted, nor on the number of processes.
+seeded by shard, so captions do not depend on how often the run was interrupted, nor on the number of processes. Shards
+are shared out by accelerate, or with `--engine ray` among the workers of a Ray cluster.
 
 Source: *An Eye for an Ear* (arXiv 2410.05997), section on distillation; decoding as in the released code.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,9 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from datasets_scripts.workers import run_tasks
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.configuration_dali import PrefixPosition
 from modeling_dali.processing_dali import MODALITIES, QUESTION
 from trainers.data_collator import CaptionSample, DaliDataCollator, require_columns, sample_id, without_decoding
 from trainers.recipes import load_model, load_rows, parse_recipe
@@ -31,6 +34,8 @@ from trainers.recipes import load_model, load_rows, parse_recipe
 logger = logging.get_logger(__name__)
 
 FORMATS = ("jsonl", "parquet")
+ENGINES = ("local", "ray")
+ANYWHERE = ("output_dir", "max_skipped", "engine", "workers", "gpus_per_worker")  # settings that change no caption
 
 
 @dataclass
@@ -56,12 +61,15 @@ class PseudoCaptionConfig:
         temperature: Of sampling; 0 takes the most likely word.
         max_new_tokens: Longest caption.
         seed: Of sampling.
+        engine: `"local"` for this process and those that accelerate started, or `"ray"`.
+        workers: Ray workers, each with a model of its own.
+        gpus_per_worker: GPUs that each Ray worker asks for.
     """
 
     # Model
     model: str = ""
     prefix: str | None = None
-    prefix_position: str | None = None
+    prefix_position: PrefixPosition | None = None
     dtype: str = "float32"
 
     # Data
@@ -83,7 +91,16 @@ class PseudoCaptionConfig:
     max_new_tokens: int = 64
     seed: int = 42
 
+    # Where it runs
+    engine: str = "local"
+    workers: int = 1
+    gpus_per_worker: float = 0
+
     def __post_init__(self):
+        if self.engine not in ENGINES:
+            raise ValueError(f"`engine` is one of {', '.join(ENGINES)}, not {self.engine!r}.")
+        if self.modality not in MODALITIES:
+            raise ValueError(f"`modality` is one of {', '.join(MODALITIES)}, not {self.modality!r}.")
         if self.file_format not in FORMATS:
             raise ValueError(f"`file_format` is one of {', '.join(FORMATS)}, not {self.file_format!r}.")
         if self.shard_size < 1 or self.batch_size < 1:
@@ -112,14 +129,7 @@ def write_pseudo_captions(
         TooManySkippedError: see `max_skipped`.
     """
     accelerator = Accelerator()
-    collator = DaliDataCollator(
-        processor,
-        config.modality,
-        question=config.question,
-        captions=False,
-        max_skipped=config.max_skipped,
-        seed=config.seed,
-    )
+    collator = new_collator(processor, config)
     require_columns(rows, collator.columns, "pseudo-captioning")
     folder = Path(config.output_dir)
     if accelerator.is_main_process:
@@ -132,22 +142,106 @@ def write_pseudo_captions(
     )
     total = -(-len(rows) // config.shard_size // accelerator.num_processes) if hasattr(rows, "__len__") else None
     for number, shard in tqdm(shards, total=total, desc="shards", disable=not accelerator.is_main_process):
-        file = folder / f"captions-{number:05d}.{config.file_format}"
-        if file.exists():
-            continue
-        set_seed(config.seed * 100_003 + number)
-        captions, skipped = caption_shard(model, processor, collator, list(shard()), config)
-        _replace(
-            folder / f"skipped-{number:05d}.json", lambda path, skipped=skipped: path.write_text(json.dumps(skipped))
-        )
-        _replace(file, lambda path, captions=captions: _write(path, captions, config.file_format))
+        write_shard(model, processor, collator, number, shard, config)
     accelerator.wait_for_everyone()
+    return count_captions(folder, config.file_format, tell=accelerator.is_main_process)
 
+
+def write_on_ray(config: PseudoCaptionConfig) -> dict[str, int]:
+    """
+    Captions all rows of a data set on the Ray cluster that this process is connected to, or a new local one.
+
+    Args:
+        config: Settings; model, data set and `output_dir` must be where all machines can read them.
+
+    Returns:
+        As [`write_pseudo_captions`], with the same files.
+
+    Raises:
+        ValueError: as `write_pseudo_captions`, and for a stream, whose shards cannot be opened by number.
+        ImportError: if Ray is not installed.
+    """
+    rows = load_rows(config.dataset, config.split, config.streaming)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("`engine: ray` needs a data set with a length, not a stream.")
+    model, processor = open_model(config)
+    collator = new_collator(processor, config)
+    require_columns(rows, collator.columns, "pseudo-captioning")
+    check_settings(Path(config.output_dir), collator.prompt, config)
+    del model  # each worker has its own
+    total = -(-len(rows) // config.shard_size)
+    done = run_tasks(ShardCaptioner(config), range(total), "ray", config.workers, config.gpus_per_worker)
+    for _ in tqdm(done, total=total, desc="shards"):
+        pass
+    return count_captions(Path(config.output_dir), config.file_format)
+
+
+class ShardCaptioner:
+    """
+    Captions shards by number. Opens model and data when it is first called, so that each worker keeps its own.
+
+    Args:
+        config: Settings.
+    """
+
+    def __init__(self, config: PseudoCaptionConfig):
+        self.config = config
+        self.parts: tuple | None = None
+
+    @torch.no_grad()
+    def __call__(self, number: int) -> int:
+        """Captions a shard, if it is not there yet; returns its number."""
+        if self.parts is None:
+            model, processor = open_model(self.config)
+            model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            rows = load_rows(self.config.dataset, self.config.split)
+            self.parts = model, processor, new_collator(processor, self.config), rows
+        model, processor, collator, rows = self.parts
+        shard = next(islice(_shards(rows, self.config.shard_size), number, None))
+        write_shard(model, processor, collator, number, shard, self.config)
+        return number
+
+
+def open_model(config: PseudoCaptionConfig) -> tuple[DaliForConditionalGeneration, DaliProcessor]:
+    """The model of the settings, with the prefix they name, and its processor."""
+    model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
+    if config.prefix:
+        model.load_prefix(config.prefix, config.prefix_position)
+        processor.prefix_length, processor.prefix_position = model.config.prefix_length, model.config.prefix_position
+    return model, processor
+
+
+def new_collator(processor: DaliProcessor, config: PseudoCaptionConfig) -> DaliDataCollator:
+    """What reads rows and writes prompts."""
+    return DaliDataCollator(
+        processor,
+        config.modality,
+        question=config.question,
+        captions=False,
+        max_skipped=config.max_skipped,
+        seed=config.seed,
+    )
+
+
+def write_shard(model, processor, collator, number: int, shard: Callable, config: PseudoCaptionConfig) -> None:
+    """Captions a shard and gives its files their names, unless they are there."""
+    folder = Path(config.output_dir)
+    file = folder / f"captions-{number:05d}.{config.file_format}"
+    if file.exists():
+        return
+    set_seed(config.seed * 100_003 + number)
+    captions, skipped = caption_shard(model, processor, collator, list(shard()), config)
+    _replace(folder / f"skipped-{number:05d}.json", lambda path: path.write_text(json.dumps(skipped)))
+    _replace(file, lambda path: _write(path, captions, config.file_format))
+
+
+def count_captions(folder: Path, file_format: str, tell: bool = True) -> dict[str, int]:
+    """`captions` and `skipped` of all shards."""
     counts = {
-        "captions": sum(len(read_shard(file)) for file in sorted(folder.glob(f"captions-*.{config.file_format}"))),
+        "captions": sum(len(read_shard(file)) for file in sorted(folder.glob(f"captions-*.{file_format}"))),
         "skipped": sum(len(json.loads(file.read_text())) for file in folder.glob("skipped-*.json")),
     }
-    if accelerator.is_main_process:
+    if tell:
         logger.warning(f"{counts['captions']} clips have captions; {counts['skipped']} could not be decoded.")
     return counts
 
@@ -159,7 +253,7 @@ def check_settings(folder: Path, prompt: str, config: PseudoCaptionConfig) -> No
     Raises:
         ValueError: if captions of other settings are there.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "max_skipped")} | {"prompt": prompt}
+    settings = {k: v for k, v in asdict(config).items() if k not in ANYWHERE} | {"prompt": prompt}
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"
     if note.exists():
@@ -267,14 +361,11 @@ def read_captions(folder: str | Path) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Captions as the recipe says."""
     config = parse_recipe(PseudoCaptionConfig, sys.argv[1:] if arguments is None else arguments)
+    if config.engine == "ray":
+        write_on_ray(config)
+        return
     rows = load_rows(config.dataset, config.split, config.streaming)
-    if config.modality not in MODALITIES:
-        raise ValueError(f"`modality` is one of {', '.join(MODALITIES)}, not {config.modality!r}.")
-    model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
-    if config.prefix:
-        model.load_prefix(config.prefix, config.prefix_position)
-        processor.prefix_length, processor.prefix_position = model.config.prefix_length, model.config.prefix_position
-    write_pseudo_captions(model, processor, rows, config)
+    write_pseudo_captions(*open_model(config), rows, config)
 
 
 if __name__ == "__main__":

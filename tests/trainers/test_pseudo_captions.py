@@ -10,7 +10,7 @@ from tests.trainers import stage_worker
 from tests.trainers.stages import clips, wav
 from trainers import pseudo_captions
 from trainers.data_collator import TooManySkippedError, without_decoding
-from trainers.pseudo_captions import PseudoCaptionConfig, read_captions, write_pseudo_captions
+from trainers.pseudo_captions import PseudoCaptionConfig, read_captions, write_on_ray, write_pseudo_captions
 
 
 def caption(folder, rows=None, kill_shard=-1, rank=0, world=1, port=0, **options):
@@ -62,6 +62,29 @@ def test_killed_and_run_again(whole, tmp_path):
 def test_two_processes_write_the_same(whole, tmp_path):
     assert stage_worker.start(caption, tmp_path, world=2) == [0, 0]
     assert files(tmp_path) == whole
+
+
+def test_ray_writes_the_same(whole, tmp_path, ray_cluster):
+    model, processor = tiny_dali(prefix=4)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    clips(8).save_to_disk(tmp_path / "rows")
+    options = {
+        "shard_size": 3,
+        "batch_size": 2,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "engine": "ray",
+        "workers": 2,
+    }
+    config = PseudoCaptionConfig(
+        model=str(tmp_path / "model"), dataset=str(tmp_path / "rows"), output_dir=str(tmp_path / "out"), **options
+    )
+    assert write_on_ray(config) == {"captions": 8, "skipped": 0}
+    written = files(tmp_path / "out")
+    assert {k: v for k, v in written.items() if k != "settings.json"} == {
+        k: v for k, v in whole.items() if k != "settings.json"
+    }
 
 
 def test_streams_write_the_same(whole, tmp_path):
