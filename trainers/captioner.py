@@ -10,8 +10,9 @@ Caption loss alone sticks on a plateau: the model learns the wording first, and 
 one thing from another. So each image token also names words by itself, and the strongest names of a picture are held
 against the words of its captions.
 
-Noise on the image tokens makes the language model read tokens that are not quite those of a picture, as audio tokens
-never are, and leaves the tower little room for what no caption tells, such as the colour of the sky.
+Two things prepare the language model for audio tokens, which are more than those of a picture, in another order, and
+never quite the same: half of the batches repeat their image tokens, shuffled, up to `most_tokens` times; and there is
+noise on them, which also leaves the tower little room for what no caption tells, such as the colour of the sky.
 """
 
 import re
@@ -60,6 +61,7 @@ class CaptionerConfig(TrainingArguments):
         num_heads: Attention heads of the two.
         words_weight: Weight of the loss by which image tokens learn to name words.
         token_noise: Noise on the image tokens, in standard deviations of theirs.
+        most_tokens: How many times the tokens of a picture the language model must be able to read.
 
     All other arguments are those of [`~transformers.TrainingArguments`].
     """
@@ -79,6 +81,7 @@ class CaptionerConfig(TrainingArguments):
     # Optimisation
     words_weight: float = 10.0
     token_noise: float = 0.7
+    most_tokens: float = 3.0
     learning_rate: float = 1e-3
     max_steps: int = 800
     per_device_train_batch_size: int = 64
@@ -182,13 +185,15 @@ class CaptionerCollator:
     Args:
         processor: The captioner's.
         image_tokens: Tokens per picture.
-        seed: Of the choice of captions.
+        most_tokens: Half of the training batches have up to so many times as many placeholders.
+        seed: Of the choice of captions and of how many placeholders there are.
     """
 
     columns = [("image",), ("question",), ("captions",)]
 
-    def __init__(self, processor: LlavaProcessor, image_tokens: int, seed: int):
+    def __init__(self, processor: LlavaProcessor, image_tokens: int, most_tokens: float, seed: int):
         self.processor, self.image_tokens, self.seed = processor, image_tokens, seed
+        self.most_tokens = most_tokens
         self.skips = SkippedSamples(0.0)  # a world that is made on the spot has no damaged pictures
         self.word_ids: dict[str, list[int]] = {}
 
@@ -197,6 +202,13 @@ class CaptionerCollator:
         if text not in self.word_ids:
             self.word_ids[text] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.word_ids[text]
+
+    def count_placeholders(self, row: dict) -> int:
+        """Placeholders per picture in the batch that begins with a row."""
+        rng = sample_rng(self.seed, row)
+        if rng is None or rng.random() < 0.5:
+            return self.image_tokens
+        return int(rng.integers(self.image_tokens, self.most_tokens * self.image_tokens, endpoint=True))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -207,12 +219,12 @@ class CaptionerCollator:
         tokenizer = self.processor.tokenizer
         pictures, prompts, answers = [], [], []
         words = torch.zeros(len(rows), len(tokenizer))
+        image = [tokenizer.convert_tokens_to_ids("<image>")] * self.count_placeholders(rows[0])
         for index, row in enumerate(rows):
             if not row["captions"]:
                 raise UnreadableSampleError(f"The picture {row.get('id', index)} has no caption.")
             pictures.append(read_image(row["image"]))
             before, after = PROMPT.format(row["question"]).split("<image>")
-            image = [tokenizer.convert_tokens_to_ids("<image>")] * self.image_tokens
             prompts.append([tokenizer.bos_token_id, *self.ids(before), *image, *self.ids(after)])
             caption = pick(row["captions"], sample_rng(self.seed, row), 0)
             answers.append([*self.ids(caption), tokenizer.eos_token_id])
@@ -241,25 +253,35 @@ class CaptionerModel(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration, words_weight: float, token_noise: float):
         super().__init__()
         self.llava, self.words_weight, self.token_noise = llava, words_weight, token_noise
-        llava.model.multi_modal_projector.register_forward_pre_hook(self._add_noise)
         self._no_split_modules = llava._no_split_modules  # for sharded training
         self.words = nn.Linear(llava.config.text_config.hidden_size, llava.config.text_config.vocab_size)
         nn.init.constant_(self.words.bias, RARE)
 
-    def _add_noise(self, projector: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        (tokens,) = inputs  # [B, tokens, width]
-        if not projector.training:
-            return inputs
-        return (tokens + self.token_noise * tokens.detach().std() * torch.randn_like(tokens),)
-
     def forward(self, words: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
         """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
-        outputs = self.llava(**inputs)
+        count = int((inputs["input_ids"][0] == self.llava.config.image_token_index).sum())
+        projector = self.llava.model.multi_modal_projector
+        hook = projector.register_forward_pre_hook(lambda _, tokens: (self.disturb(*tokens, count),))
+        try:
+            outputs = self.llava(**inputs)
+        finally:
+            hook.remove()  # the LLaVA itself stays as it is
         image = outputs.image_hidden_states.view(len(words), -1, self.words.in_features)  # [B, tokens, width]
         names = self.words(image)  # [B, tokens, vocabulary]
         strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
         named = nn.functional.binary_cross_entropy_with_logits(strongest, words)
         return {"loss": outputs.loss + self.words_weight * named}
+
+    def disturb(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        """In training: image tokens [B, m, width] as `count` of them, shuffled if that is not m, and with noise."""
+        if not self.training:
+            return tokens
+        own = tokens.shape[1]
+        if count != own:
+            rounds = -(-count // own)
+            order = torch.cat([torch.randperm(own, device=tokens.device) for _ in range(rounds)])
+            tokens = tokens[:, order[:count]]
+        return tokens + self.token_noise * tokens.detach().std() * torch.randn_like(tokens)
 
 
 class CaptionerTrainer(StageTrainer):
@@ -283,7 +305,7 @@ class CaptionerTrainer(StageTrainer):
         **kwargs,
     ):
         torch.manual_seed(args.seed)
-        collator = CaptionerCollator(processor, model.config.image_seq_length, args.seed)
+        collator = CaptionerCollator(processor, model.config.image_seq_length, args.most_tokens, args.seed)
         wrapper = CaptionerModel(model, args.words_weight, args.token_noise)
         super().__init__(wrapper, args, ["llava", "words"], processor, train_dataset, None, collator, **kwargs)
         self.model_accepts_loss_kwargs = False
