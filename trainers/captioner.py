@@ -208,7 +208,7 @@ class CaptionerCollator:
         rng = sample_rng(self.seed, row)
         if rng is None or rng.random() < 0.5:
             return self.image_tokens
-        return int(rng.integers(self.image_tokens, self.most_tokens * self.image_tokens, endpoint=True))
+        return int(rng.integers(self.image_tokens, int(self.most_tokens * self.image_tokens) + 1))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -261,7 +261,7 @@ class CaptionerModel(nn.Module):
         """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
         count = int((inputs["input_ids"][0] == self.llava.config.image_token_index).sum())
         projector = self.llava.model.multi_modal_projector
-        hook = projector.register_forward_pre_hook(lambda _, tokens: (self.disturb(*tokens, count),))
+        hook = projector.register_forward_pre_hook(lambda _, given: (self.disturb(given[0], count),))
         try:
             outputs = self.llava(**inputs)
         finally:

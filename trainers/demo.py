@@ -392,15 +392,17 @@ class Demo:
         with torch.no_grad():
             return list(captions.values()), model(**inputs).logits
 
-    def attention_to_sounding_things(self, folder: str) -> float | None:
+    def attention_to_sounding_things(self, folder: str, learned: bool = True) -> float | None:
         """
         Area under the ROC curve of the weights of image tokens, on sounding things against silent ones.
+
+        The weights are those of the scorers, or unless `learned` what nearest audio tokens bring.
 
         Over the tokens, each relative to the mean of its picture, whose centre lies in the box of one kind of thing
         only, of pictures that have both kinds; None where no picture has.
         """
         model, processor = self.model(folder)
-        scorers = find_scorers(self.output / folder)
+        scorers = find_scorers(self.output / folder) if learned else None
         weights: dict[bool, list[float]] = {True: [], False: []}
         for row in without_decoding(self.rows("test")):
             if {thing["sounds"] for thing in row["things"]} != {True, False}:
@@ -431,8 +433,11 @@ class Demo:
                 self.progress.done((number + 1) / len(jobs))
         before, after = self.image_captions("untrained"), self.image_captions("model")
         same = before[0] == after[0] and torch.equal(before[1], after[1])
-        area = self.attention_to_sounding_things("model")
-        results = {"variants": variants, "must_hold": must_hold(variants, same, area)}
+        areas = {
+            kind: self.attention_to_sounding_things("model", kind == "learned") for kind in ("learned", "nearest")
+        }
+        results = {"variants": variants, "must_hold": must_hold(variants, same, areas["learned"])}
+        results["area under ROC of image token weights"] = areas
         (self.output / "evaluation" / "results.json").write_text(json.dumps(results, indent=1))
 
     def report(self) -> None:
