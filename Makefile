@@ -28,8 +28,9 @@ demo-vipant: $(STAMP)
 ablation: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.ablation
 
+# One thread a process: many tests start processes of their own, and threads would fight for the cores.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
