@@ -37,6 +37,7 @@ import soundfile
 import torch
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -187,13 +188,14 @@ def run_stages(stages: Sequence[Stage], folder: Path, attach: Callable[[Progress
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress({stage.name: stage.seconds for stage in pending})
     attach(progress)
-    for stage in pending:
-        progress.start(stage.name)
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        stage.run()
-        progress.finish()
-        spent = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(cpu_seconds() - cpu, 1)}
-        notes[stage.name].write_text(json.dumps(spent))
+    with logging_redirect_tqdm():  # warnings above the bar, not through it
+        for stage in pending:
+            progress.start(stage.name)
+            wall, cpu = time.perf_counter(), cpu_seconds()
+            stage.run()
+            progress.finish()
+            spent = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(cpu_seconds() - cpu, 1)}
+            notes[stage.name].write_text(json.dumps(spent))
     progress.bar.n = progress.bar.total
     progress.bar.close()
     return {stage.name: json.loads(notes[stage.name].read_text()) for stage in stages}
