@@ -175,7 +175,7 @@ def naive_on_captions(stage: str, folder: str) -> Callable[[], None]:
 def captioning(folder: str, batch_size: int = BATCH) -> Callable[[], None]:
     model, processor = build()
     model.eval()
-    config = PseudoCaptionConfig(output_dir=folder, batch_size=batch_size, max_new_tokens=24)
+    config = PseudoCaptionConfig(output_dir=folder, batch_size=batch_size)  # at most 64 new tokens
     collator = DaliDataCollator(processor, "audio_image", captions=False)
     data = rows(BATCH)
 
