@@ -67,9 +67,9 @@ def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
     demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
     demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
     return {
-        f"{when} distillation, {what}": demo.scores(f"{base}/{folder}", modality, prefix)
-        for when, folder, prefix in (("before", "aligned", True), ("after", "model", False))
-        for what, modality in (("sound", "audio"), ("sound and picture", "audio_image"))
+        f"{when} distillation, {what}": demo.scores(f"{base}/{folder}", modality, folder == "aligned" or with_picture)
+        for when, folder in (("before", "aligned"), ("after", "model"))
+        for what, modality, with_picture in (("sound", "audio", False), ("sound and picture", "audio_image", True))
     }
 
 
