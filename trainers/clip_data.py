@@ -4,42 +4,19 @@ Columns: `id`, `audio` (path, bytes or a `datasets.Audio` dict), `image` or `fra
 `labels`.
 """
 
-import io
 from collections.abc import Sequence
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image
 from transformers.utils import logging
 
-from modeling_dali.audio_io import load_audio
-from modeling_vipant.feature_extraction_vipant import prepare_clips
-from trainers.data_collator import require_columns, without_decoding
+from trainers.data_collator import read_audio, read_image, require_columns, without_decoding
 
 logger = logging.get_logger(__name__)
 
 
 class TooManyUnreadableError(RuntimeError):
     """More clips than allowed could not be read."""
-
-
-def read_audio(value) -> tuple[np.ndarray, int]:
-    """Waveform `[channels, samples]` and rate of a row's `audio`: a path, bytes or a `datasets.Audio` dict."""
-    if isinstance(value, dict) and value.get("array") is not None:
-        return np.atleast_2d(np.asarray(value["array"], dtype=np.float32)), value["sampling_rate"]
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return load_audio(io.BytesIO(value) if isinstance(value, bytes) else value)
-
-
-def read_image(value) -> Image.Image:
-    """Picture of a row's `image` or of one of its `frames`: a PIL image, a path, bytes or a `datasets.Image` dict."""
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value).convert("RGB")
 
 
 def spec_augment(features: torch.Tensor, frequency_mask: int, time_mask: int) -> torch.Tensor:
@@ -156,9 +133,8 @@ class ClipDataset(torch.utils.data.Dataset):
     def waveform(self, row: dict) -> torch.Tensor:
         """A row's sound as the front end needs it: `[samples]`, at most one window, at the extractor's rate."""
         extractor = self.processor.feature_extractor
-        waveform, rate = read_audio(row["audio"])
-        waveform = waveform[:1, : rate * extractor.window_samples // extractor.sampling_rate]
-        return prepare_clips([waveform], rate, extractor.sampling_rate)[0]
+        seconds = extractor.window_samples / extractor.sampling_rate
+        return torch.from_numpy(read_audio(row["audio"], extractor.sampling_rate, seconds))
 
     def features(self, waveform: torch.Tensor) -> torch.Tensor:
         """Spectrogram `[frames, bins]`, masked in training."""

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 import modeling_vipant  # noqa: F401 (makes AutoModel know VIP-ANT)
-from trainers.clip_data import read_image
-from trainers.data_collator import without_decoding
+from trainers.data_collator import read_image, without_decoding
 from trainers.recipes import load_rows
 
 

@@ -28,8 +28,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from datasets_scripts.sounding_world import SOUNDING, sounding_world
 from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
-from trainers.clip_data import pick, read_audio, read_image, spec_augment, stack
+from trainers.clip_data import pick, spec_augment, stack
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
+from trainers.data_collator import read_audio, read_image
 from trainers.evaluate_vipant import evaluate_classification, evaluate_retrieval
 
 IMAGE_SIZE, PATCH, NUM_FRAMES = 64, 16, 256
@@ -54,8 +55,9 @@ class InMemory(torch.utils.data.Dataset):
         for row in tqdm(rows, desc="reading", leave=False):
             example = {}
             if "audio" in row:
-                waveform, rate = read_audio(row["audio"])
-                features = processor.feature_extractor([waveform], sampling_rate=rate, return_tensors="pt")
+                rate = processor.feature_extractor.sampling_rate
+                samples = read_audio(row["audio"], rate)
+                features = processor.feature_extractor([samples], sampling_rate=rate, return_tensors="pt")
                 example["input_features"] = features["input_features"][0].half()
             if "frames" in row or "image" in row:
                 images = [read_image(image) for image in row.get("frames") or [row["image"]]]
