@@ -330,7 +330,6 @@ class AlignmentTrainer(StageTrainer):
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Writes the whole DALI model, and the scorers beside it."""
-        scorer = {}
         state = None
         if state_dict is None:
             state_dict = self.model.state_dict()
