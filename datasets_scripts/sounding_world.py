@@ -23,8 +23,8 @@ Splits and their columns. In none of the first four does a sound meet a text:
 Column formats: `id` str; `audio` `{"path": None, "bytes": WAV}` (mono, 16 kHz, 16 bit); `image` and `frames` RGB
 pictures (`datasets.Image`); `captions` five of what is heard, `seen_captions` five of what is seen; in the split
 `captions` they answer `question`, which asks for what is seen in even rows and for what is heard in odd rows; `labels`
-the names of the things heard, the wind included; `things` a list of `{"name", "box", "sounds"}`, the box
-`[left, top, right, bottom]` in pixels.
+the names of the things heard, the wind included; `things` a list of `{"name", "box", "mask", "sounds"}`, the box
+`[left, top, right, bottom]` in pixels, the mask a grey picture of how much of each pixel the thing covers.
 
 Variants: `standard`; `three` (three sounding things at once); and, for the test split alone, `unseen_combinations`
 (pairs that no other variant or split shows together), `unseen_timbres` (voices beyond the range of the others) and
@@ -49,7 +49,7 @@ from typing import Literal
 import datasets
 import numpy as np
 import soundfile
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SAMPLE_RATE = 16_000
 MIN_DURATION = 1.0  # seconds; every thing is heard at least once in it
@@ -767,13 +767,11 @@ class Scene:
             image_size: Side in pixels.
             frame: Which frame of the video, in which the things have moved a little; None for the still picture.
         """
-        rng = self._rng(_PICTURE)
+        (sky, ground, horizon), looks = self._looks()
         side = 2 * image_size  # drawn at twice the size and averaged: smooth edges
-        ground, sky = (_colour(rng, rng.uniform(), 0.12, 0.8, spread=(1, 0.12, 0.2)) for _ in range(2))
         canvas = Image.new("RGB", (side, side), sky)
         draw = ImageDraw.Draw(canvas)
-        draw.rectangle((0, int(rng.uniform(0.5, 0.9) * side), side, side), fill=ground)
-        looks = [(_colour(rng, *thing.colour), bool(rng.integers(2))) for thing in self.seen]
+        draw.rectangle((0, int(horizon * side), side, side), fill=ground)
         motion = self._rng(_MOTION, frame) if frame is not None else None
         for thing, (x, y, half), (colour, flip) in zip(self.seen, self.places, looks, strict=True):
             if motion is not None:
@@ -781,6 +779,25 @@ class Scene:
                 half *= motion.uniform(0.93, 1.05)
             thing.draw(Pen(draw, (x * side, y * side), half * side, flip), colour)
         return canvas.reduce(2)
+
+    def masks(self, image_size: int) -> list[Image.Image]:
+        """For each seen thing, a grey picture of how much of every pixel of `picture(image_size)` it covers."""
+        side = 2 * image_size
+        masks = []
+        for thing, (x, y, half), (colour, flip) in zip(self.seen, self.places, self._looks()[1], strict=True):
+            grounds = [Image.new("RGB", (side, side), ground) for ground in ("white", "black")]
+            for ground in grounds:
+                thing.draw(Pen(ImageDraw.Draw(ground), (x * side, y * side), half * side, flip), colour)
+            same = ImageChops.invert(ImageChops.difference(*grounds))  # what it covers looks the same on both
+            masks.append(same.getchannel(0).reduce(2))
+        return masks
+
+    def _looks(self) -> tuple[tuple[Colour, Colour, float], list[tuple[Colour, bool]]]:
+        """Sky, ground and where they meet; colour of each thing and whether it is mirrored."""
+        rng = self._rng(_PICTURE)
+        ground, sky = (_colour(rng, rng.uniform(), 0.12, 0.8, spread=(1, 0.12, 0.2)) for _ in range(2))
+        horizon = rng.uniform(0.5, 0.9)
+        return (sky, ground, horizon), [(_colour(rng, *thing.colour), bool(rng.integers(2))) for thing in self.seen]
 
     def sound(self, duration: float) -> np.ndarray:
         """Synthesises the scene.
@@ -926,6 +943,7 @@ _COLUMNS: dict[str, dict] = {
             {
                 "name": _STRING,
                 "box": datasets.List(datasets.Value("float32"), length=4),
+                "mask": datasets.Image(),
                 "sounds": datasets.Value("bool"),
             }
         ),
@@ -972,9 +990,10 @@ def _rows(
         if split == "test":
             row["seen_captions"] = current.captions("seen")
             row["labels"] = [thing.name for thing in current.heard]
+            shown = zip(current.seen, current.boxes(image_size), current.masks(image_size), strict=True)
             row["things"] = [
-                {"name": thing.name, "box": box, "sounds": thing in current.heard}
-                for thing, box in zip(current.seen, current.boxes(image_size), strict=True)
+                {"name": thing.name, "box": box, "mask": _png(mask), "sounds": thing in current.heard}
+                for thing, box, mask in shown
             ]
         yield row
 

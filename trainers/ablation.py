@@ -4,9 +4,10 @@
 
 Alignment by contrast, MMD, exact optimal transport, Sinkhorn and attentive optimal transport, each before and after
 distillation, from sound alone and from sound and picture. Above them the supervised twin (the same model, tuned on
-sounds with true captions), below them an ear that was not trained and the most frequent caption. World, captioner and
-prefix are the demonstration's, which is run as far as them if it was not. Seeds vary the start of the audio encoder,
-the order of the data and the sampling of captions.
+sounds with true captions), below them an ear that was not trained, one that was only pretrained, and the most
+frequent caption. World, captioner and prefix are the demonstration's, which is run as far as them if it was not. Seeds
+vary the start of the audio encoder, its pretraining, which all losses of a seed share, the order of the data and the
+sampling of captions.
 
 Writes into `ablation` in the demonstration's folder: `results.json` (every run, and how often each loss came out above
 another) and `table.md` (means and spreads over seeds), and adds them to the demonstration's report. What is done is
@@ -21,9 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
 from pathlib import Path
-
-import datasets
-from transformers.utils import logging
 
 from trainers.alignment import LOSSES
 from trainers.demo import RECIPES, Demo, DemoConfig, Stage, claim, run_stages
@@ -62,8 +60,7 @@ class AblationConfig:
 def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
     """Scores of one loss and one seed, before and after distillation, from sound and from sound and picture."""
     base = f"ablation/{loss}-{seed}"
-    start = untrained(demo, seed)
-    demo.alignment(start, f"{base}/aligned", loss=loss, seed=seed)
+    demo.alignment(f"ablation/pretrained-{seed}", f"{base}/aligned", loss=loss, seed=seed)
     demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
     demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
     return {
@@ -73,23 +70,22 @@ def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
     }
 
 
-def run_bounds(demo: Demo, seed: int) -> dict[str, dict]:
-    """Scores of the supervised twin, of an untrained ear and of the most frequent caption."""
-    twin, start = f"ablation/supervised-{seed}", untrained(demo, seed)
-    demo.supervised(f"ablation/{TWIN_STARTS_FROM}-{seed}/aligned", twin, seed=seed)
+def run_start(demo: Demo, seed: int) -> dict[str, dict]:
+    """Scores of the captioner with an ear of random weights, and of what all losses of a seed start from."""
+    untrained, pretrained = f"ablation/untrained-{seed}", f"ablation/pretrained-{seed}"
+    demo.listener(seed, untrained)
+    demo.audio_pretraining(untrained, pretrained, seed=seed)
     return {
-        "supervised twin": demo.scores(twin),
-        "untrained ear": demo.scores(start, prefix=True),
-        "most frequent caption": demo.most_frequent_caption(),
+        "untrained ear": demo.scores(untrained, prefix=True),
+        "pretrained ear": demo.scores(pretrained, prefix=True),
     }
 
 
-def untrained(demo: Demo, seed: int) -> str:
-    """Folder of the captioner with an ear of random weights."""
-    folder = f"ablation/untrained-{seed}"
-    if not (demo.output / folder / "processor_config.json").exists():  # the last file that is written
-        demo.listener(seed, folder)
-    return folder
+def run_bounds(demo: Demo, seed: int) -> dict[str, dict]:
+    """Scores of the supervised twin and of the most frequent caption."""
+    twin = f"ablation/supervised-{seed}"
+    demo.supervised(f"ablation/{TWIN_STARTS_FROM}-{seed}/aligned", twin, seed=seed)
+    return {"supervised twin": demo.scores(twin), "most frequent caption": demo.most_frequent_caption()}
 
 
 def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
@@ -103,8 +99,6 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
     Returns:
         What `results.json` holds.
     """
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
     demo = Demo(demo_config or DemoConfig(config.demo, config.recipes))
     claim(demo.output, demo.config)
     shared = [stage for stage in demo.stages() if stage.name in ("world", "captioner", "prefix tuning")]
@@ -120,9 +114,10 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
         stages.append(Stage(name, seconds, lambda: _write(runs[name], score())))
 
     for seed in seeds:
+        add(f"start {seed}", 40, partial(run_start, demo, seed))
         for loss in losses:
-            add(f"{loss} {seed}", 250, partial(run_loss, demo, loss, seed))
-        add(f"bounds {seed}", 40, partial(run_bounds, demo, seed))
+            add(f"{loss} {seed}", 180, partial(run_loss, demo, loss, seed))
+        add(f"bounds {seed}", 30, partial(run_bounds, demo, seed))
     seconds = run_stages(stages, folder / "done", demo.attach)
     scores = {name: json.loads(file.read_text()) for name, file in runs.items()}
     lines = summary(scores)
@@ -147,7 +142,7 @@ def summary(runs: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, li
     Scores by variant.
 
     Args:
-        runs: `"LOSS SEED"` or `"bounds SEED"` to the scores of its variants.
+        runs: `"LOSS SEED"`, `"start SEED"` or `"bounds SEED"` to the scores of its variants.
 
     Returns:
         Variant to score to its values over seeds.
@@ -156,7 +151,7 @@ def summary(runs: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, li
     for name, variants in runs.items():
         loss = name.rsplit(" ", 1)[0]
         for variant, scores in variants.items():
-            line = lines.setdefault(variant if loss == "bounds" else f"{loss}, {variant}", {})
+            line = lines.setdefault(f"{loss}, {variant}" if loss in LOSSES else variant, {})
             for column in COLUMNS:
                 line.setdefault(column, []).append(scores[column])
     return lines

@@ -67,6 +67,7 @@ class AlignmentConfig(TrainingArguments):
         mask_padding: Whether audio tokens that are padding only are left out of the loss.
         augment: Whether to add noise and roll the time axis.
         cache_image_tokens: Folder in which image tokens are kept, so that the image tower runs once per frame.
+        cache_features: Whether the features of all clips are kept in memory; for small data sets.
         scorer_learning_rate: Of the scorers.
         halve_after, halve_every: With `lr_scheduler_type: constant`, the learning rate is halved at these epochs:
             after the first number, then every second number; never if the first is 0.
@@ -86,6 +87,7 @@ class AlignmentConfig(TrainingArguments):
     augment: bool = True
     mask_padding: bool = False
     cache_image_tokens: str | None = None
+    cache_features: bool = False
 
     # Loss
     loss: str = "attentive_ot"
@@ -243,6 +245,7 @@ class AlignmentTrainer(StageTrainer):
             processor,
             mask_padding=args.mask_padding,
             augment=args.augment,
+            cache_features=args.cache_features,
             max_skipped=args.max_skipped,
             seed=args.seed,
         )

@@ -8,7 +8,8 @@ soft tokens can choose a style later, but not teach one.
 
 Caption loss alone sticks on a plateau: the model learns the wording first, and the tower gets no gradient that tells
 one thing from another. So each image token also names words by itself, and the strongest names of a picture are held
-against the words of its captions.
+against the words of its captions. Only words that answer the same question elsewhere count: that no tree is heard does
+not say that there is none.
 
 Two things prepare the language model for audio tokens, which are more than those of a picture, in another order, and
 never quite the same: half of the batches repeat their image tokens, shuffled, up to `most_tokens` times; and there is
@@ -17,7 +18,7 @@ noise on them, which also leaves the tower little room for what no caption tells
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,8 @@ class CaptionerConfig(TrainingArguments):
     # Optimisation
     words_weight: float = 10.0
     token_noise: float = 0.7
-    most_tokens: float = 3.0
-    learning_rate: float = 1e-3
+    most_tokens: float = 2.8
+    learning_rate: float = 2.5e-3
     max_steps: int = 800
     per_device_train_batch_size: int = 64
     lr_scheduler_type: str = "cosine"
@@ -187,15 +188,27 @@ class CaptionerCollator:
         image_tokens: Tokens per picture.
         most_tokens: Half of the training batches have up to so many times as many placeholders.
         seed: Of the choice of captions and of how many placeholders there are.
+        answers: All captions by the question that they answer.
     """
 
     columns = [("image",), ("question",), ("captions",)]
 
-    def __init__(self, processor: LlavaProcessor, image_tokens: int, most_tokens: float, seed: int):
+    def __init__(
+        self,
+        processor: LlavaProcessor,
+        image_tokens: int,
+        most_tokens: float,
+        seed: int,
+        answers: Mapping[str, Iterable[str]],
+    ):
         self.processor, self.image_tokens, self.seed = processor, image_tokens, seed
         self.most_tokens = most_tokens
         self.skips = SkippedSamples(0.0)  # a world that is made on the spot has no damaged pictures
         self.word_ids: dict[str, list[int]] = {}
+        self.answer_ids = {
+            question: sorted({token for caption in captions for token in self.ids(caption)})
+            for question, captions in answers.items()
+        }
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text; each is looked up once."""
@@ -214,11 +227,12 @@ class CaptionerCollator:
         """
         Returns:
             `input_ids`, `attention_mask`, `labels` [B, length]; `pixel_values` [B, 3, height, width]; `words`
-            [B, vocabulary], 1 for words of any caption of the picture.
+            [B, vocabulary], 1 for words of any caption of the picture, 0 for other words that answer its question, NaN
+            for words that never do.
         """
         tokenizer = self.processor.tokenizer
         pictures, prompts, answers = [], [], []
-        words = torch.zeros(len(rows), len(tokenizer))
+        words = torch.full((len(rows), len(tokenizer)), torch.nan)
         image = [tokenizer.convert_tokens_to_ids("<image>")] * self.count_placeholders(rows[0])
         for index, row in enumerate(rows):
             if not row["captions"]:
@@ -228,6 +242,7 @@ class CaptionerCollator:
             prompts.append([tokenizer.bos_token_id, *self.ids(before), *image, *self.ids(after)])
             caption = pick(row["captions"], sample_rng(self.seed, row), 0)
             answers.append([*self.ids(caption), tokenizer.eos_token_id])
+            words[index, self.answer_ids[row["question"]]] = 0
             words[index, [token for caption in row["captions"] for token in self.ids(caption)]] = 1
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -269,7 +284,9 @@ class CaptionerModel(nn.Module):
         image = outputs.image_hidden_states.view(len(words), -1, self.words.in_features)  # [B, tokens, width]
         names = self.words(image)  # [B, tokens, vocabulary]
         strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
-        named = nn.functional.binary_cross_entropy_with_logits(strongest, words)
+        told = ~words.isnan()
+        named = nn.functional.binary_cross_entropy_with_logits(strongest[told], words[told], reduction="sum")
+        named = named / words.numel()
         return {"loss": outputs.loss + self.words_weight * named}
 
     def disturb(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -305,8 +322,12 @@ class CaptionerTrainer(StageTrainer):
         **kwargs,
     ):
         torch.manual_seed(args.seed)
-        collator = CaptionerCollator(processor, model.config.image_seq_length, args.most_tokens, args.seed)
+        collator = CaptionerCollator(
+            processor, model.config.image_seq_length, args.most_tokens, args.seed, answers_of(train_dataset)
+        )
         wrapper = CaptionerModel(model, args.words_weight, args.token_noise)
+        if args.ddp_find_unused_parameters is None:  # CLIP's last norm is behind the tokens that LLaVA takes
+            args.ddp_find_unused_parameters = True
         super().__init__(wrapper, args, ["llava", "words"], processor, train_dataset, None, collator, **kwargs)
         self.model_accepts_loss_kwargs = False
 
@@ -326,9 +347,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     CaptionerTrainer(model, config, processor, rows).run(command_line(), config.dataset)
 
 
+def answers_of(rows) -> dict[str, set[str]]:
+    """All captions of a data set by the question that they answer."""
+    answers: dict[str, set[str]] = {}
+    for question, captions in zip(rows["question"], rows["captions"], strict=True):
+        answers.setdefault(question, set()).update(captions)
+    return answers
+
+
 def texts_of(rows) -> list[str]:
     """All questions and captions of a data set."""
-    return [*set(rows["question"]), *{caption for captions in rows["captions"] for caption in captions}]
+    answers = answers_of(rows)
+    return [*answers, *set().union(*answers.values())]
 
 
 if __name__ == "__main__":

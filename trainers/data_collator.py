@@ -367,6 +367,7 @@ class AlignmentCollator:
             of pictures.
         mask_padding: Whether the batch has `input_features_mask`, so that padding is left out of the loss.
         augment: Whether to add noise and roll.
+        cache_features: Whether features of training rows are kept in memory once they are computed.
         max_skipped: Tolerated share of samples that cannot be decoded.
         seed: Of everything random.
     """
@@ -377,6 +378,7 @@ class AlignmentCollator:
         image_tokens=None,
         mask_padding: bool = False,
         augment: bool = True,
+        cache_features: bool = False,
         max_skipped: float = 0.01,
         seed: int = 42,
     ):
@@ -385,6 +387,8 @@ class AlignmentCollator:
         self.image_tokens = image_tokens
         self.mask_padding = mask_padding
         self.augment = augment
+        self.cache_features = cache_features
+        self.known: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # features and mask by row
         self.skips = SkippedSamples(max_skipped)
         self.seed = seed
 
@@ -428,12 +432,22 @@ class AlignmentCollator:
         else:
             frame = pick_frame(frame_count(row), rng)
             picture = self.pixels(read_image(row["frames"][frame] if "frames" in row else row["image"]))
-        window = getattr(self.extractor, "window_samples", None)
-        seconds = None if window is None else window / self.extractor.sampling_rate
-        features, mask = self.features(read_audio(row["audio"], self.extractor.sampling_rate, seconds))
+        features, mask = self.features_of(row)
         if rng is not None and self.augment:
             features, mask = augment(features, mask, rng)
         return Pair(features, mask, picture)
+
+    def features_of(self, row: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features and mask of a row's sound."""
+        keep = self.cache_features and "epoch" in row
+        if keep and row["index"] in self.known:
+            return self.known[row["index"]]
+        window = getattr(self.extractor, "window_samples", None)
+        seconds = None if window is None else window / self.extractor.sampling_rate
+        found = self.features(read_audio(row["audio"], self.extractor.sampling_rate, seconds))
+        if keep:
+            self.known[row["index"]] = found
+        return found
 
     def features(self, sound: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features and mask of one sound."""

@@ -6,11 +6,13 @@ On the sounding world (`datasets_scripts.sounding_world`), from nothing, offline
 
 1. a small LLaVA learns to caption pictures, what is seen and what would be heard;
 2. stage 1a: sixteen soft tokens, from 16 pictures with captions of their sound;
-3. stage 1b: an audio encoder learns from videos without text;
-4. pseudo-captions of further videos;
-5. stage 2: the audio projector learns them from sound alone;
-6. the supervised twin, the upper bound: the same model, tuned on sounds with true captions;
-7. evaluation, and a report.
+3. an audio encoder learns from videos without text, first by contrast, as CAV-MAE has, from which the published
+   encoder starts;
+4. stage 1b: it learns from the same videos to give tokens like those of their pictures;
+5. pseudo-captions of further videos;
+6. stage 2: the audio projector learns them from sound alone;
+7. the supervised twin, the upper bound: the same model, tuned on sounds with true captions;
+8. evaluation, and a report.
 
 Every stage is one of the trainers of this package with its recipe out of `recipes/sounding_world`. Writes into the
 output folder: `model` (loads with `AutoModel` and `dali caption`), `results.json`, `report.html`, `samples` (sounds
@@ -44,12 +46,13 @@ from transformers.utils import logging
 from datasets_scripts.sounding_world import SYNONYMS, sounding_world, vocabulary
 from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.explain import explain, find_scorers
-from trainers.alignment import AlignmentConfig, AlignmentTrainer
+from trainers.alignment import LOSSES, AlignmentConfig, AlignmentTrainer
 from trainers.captioner import CaptionerConfig, CaptionerTrainer, new_captioner, texts_of
 from trainers.data_collator import read_audio, read_image, without_decoding
 from trainers.distillation import DistillationConfig, DistillationTrainer, join_captions
 from trainers.evaluate import EvaluationConfig, predict, score, table, write
 from trainers.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
+from trainers.processes import run_in_processes
 from trainers.pseudo_captions import PseudoCaptionConfig, write_pseudo_captions
 from trainers.recipes import load_model, parse_recipe
 from trainers.report import write_report
@@ -68,6 +71,7 @@ class DemoConfig:
         output: Folder of everything it makes.
         recipes: Folder of the stages' recipes; those of this project by default.
         seed: Of the world, the weights and the order of the data.
+        processes: That make the world, and share the training of the audio encoder where there is no GPU.
         image_size: Side of the pictures in pixels.
         duration: Length of the sounds in seconds.
         frames: Pictures per video.
@@ -78,6 +82,7 @@ class DemoConfig:
     output: str = "runs/demo"
     recipes: str = str(RECIPES)
     seed: int = 0
+    processes: int = 2
 
     # World
     image_size: int = 48
@@ -131,10 +136,26 @@ class Progress:
         self.before += self.weights[self.stage]
 
 
+class Relay:
+    """
+    Stands in for the bar in another process.
+
+    Args:
+        report: Sends share and loss to the process that has the bar.
+    """
+
+    def __init__(self, report: Callable[[float, str], None]):
+        self.report, self.loss = report, ""
+
+    def done(self, share: float) -> None:
+        """So much of the stage, between 0 and 1, is done."""
+        self.report(share, self.loss)
+
+
 class _ShowProgress(TrainerCallback):
     """Tells the bar of a trainer's steps and loss."""
 
-    def __init__(self, progress: Progress | None):
+    def __init__(self, progress: Progress | Relay | None):
         self.progress = progress
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -150,6 +171,12 @@ def cpu_seconds() -> float:
     """Processor time of this process and its finished children."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(used.ru_utime + used.ru_stime for used in usage)
+
+
+def peak_memory(processes: int) -> float:
+    """GiB at most in use at once: the largest of this process, and of so many children the largest of them."""
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + processes * child) / 2**20
 
 
 @dataclass(frozen=True)
@@ -215,9 +242,11 @@ class Demo:
 
     def __init__(self, config: DemoConfig):
         self.config, self.output = config, Path(config.output)
-        self.progress: Progress | None = None
+        self.progress: Progress | Relay | None = None
+        datasets.disable_progress_bars()  # one bar is enough
+        logging.disable_progress_bar()
 
-    def attach(self, progress: Progress) -> None:
+    def attach(self, progress: Progress | Relay) -> None:
         """Shows the trainers' steps on a bar."""
         self.progress = progress
 
@@ -228,6 +257,12 @@ class Demo:
         if kind is not PseudoCaptionConfig:
             arguments += ["--disable_tqdm", "true"]
         return parse_recipe(kind, [str(Path(self.config.recipes) / f"{recipe}.yaml"), *arguments])
+
+    def show(self, share: float, loss: str) -> None:
+        """Shows on the bar what another process tells."""
+        if self.progress is not None:
+            self.progress.loss = loss
+            self.progress.done(share)
 
     def train(self, trainer) -> None:
         """Runs a trainer with the bar in place of its own output."""
@@ -264,6 +299,7 @@ class Demo:
                 duration=config.duration,
                 frames=config.frames,
                 cache_dir=folder / "cache",
+                num_proc=config.processes if config.processes > 1 else None,
             )
             rows.save_to_disk(str(folder / (split if variant == "standard" else variant)))
             if self.progress is not None:
@@ -311,11 +347,30 @@ class Demo:
         model, processor = self.model("untrained")
         self.train(PrefixTuningTrainer(model, config, processor, self.rows("prefix")))
 
-    def alignment(self, start: str = "untrained", folder: str = "aligned", **settings) -> None:
+    def audio_pretraining(self, start: str = "untrained", folder: str = "pretrained", **settings) -> None:
+        """By contrast with pictures, what CAV-MAE's checkpoint is for the published model."""
+        self.align("audio_pretraining", start, folder, **settings)
+
+    def alignment(self, start: str = "pretrained", folder: str = "aligned", **settings) -> None:
         """Stage 1b."""
-        cache = self.output / "image_tokens"
-        paths = {"model": self.output / start, "cache_image_tokens": cache, **settings}
-        config = self.settings(AlignmentConfig, "alignment", folder, **paths)
+        self.align("alignment", start, folder, **settings)
+
+    def align(self, recipe: str, start: str, folder: str, **settings) -> None:
+        """Trains the audio encoder of a model on the videos, in several processes where that is faster."""
+        if self.config.processes == 1 or torch.cuda.is_available():
+            self.train_audio_encoder(recipe, start, folder, settings)
+        else:
+            arguments = (self.config, recipe, start, folder, settings)
+            run_in_processes(_train_audio_encoder, arguments, self.config.processes, self.show)
+
+    def train_audio_encoder(self, recipe: str, start: str, folder: str, settings: dict) -> None:
+        """This process's part of the training."""
+        paths = {"model": self.output / start, "cache_image_tokens": self.output / "image_tokens", **settings}
+        config = self.settings(AlignmentConfig, recipe, folder, **paths)
+        batch, processes = config.per_device_train_batch_size, config.world_size
+        if batch % processes:
+            raise ValueError(f"{recipe}.yaml: {processes} processes cannot share a batch of {batch} evenly.")
+        config.per_device_train_batch_size = batch // processes
         model, processor = self.model(start)
         self.train(AlignmentTrainer(model, config, processor, self.rows("video")))
 
@@ -400,8 +455,8 @@ class Demo:
 
         The weights are those of the scorers, or unless `learned` what nearest audio tokens bring.
 
-        Over the tokens, each relative to the mean of its picture, whose centre lies in the box of one kind of thing
-        only, of pictures that have both kinds; None where no picture has.
+        Over the tokens (see [`weights_by_kind`]), each relative to the mean of its picture, of pictures that have both
+        kinds; None where no picture has.
         """
         model, processor = self.model(folder)
         scorers = find_scorers(self.output / folder) if learned else None
@@ -412,7 +467,7 @@ class Demo:
             rate = processor.feature_extractor.sampling_rate
             samples, picture = read_audio(row["audio"], rate), read_image(row["image"])
             found = explain(model, processor, samples, picture, scorers).image_weights
-            for sounds, values in weights_by_kind(found / found.mean(), row["things"], picture.width).items():
+            for sounds, values in weights_by_kind(found / found.mean(), row["things"]).items():
                 weights[sounds] += values
         return area_under_roc(weights[True], weights[False]) if weights[True] and weights[False] else None
 
@@ -420,6 +475,7 @@ class Demo:
         """Scores of all stages, and what must hold."""
         jobs: dict[str, tuple] = {
             "before alignment": ("untrained", "audio", True),
+            "before stage 1b": ("pretrained", "audio", True),
             "after stage 1b": ("aligned", "audio", True),
             "after stage 1b, audio + image": ("aligned", "audio_image", True),
             "after stage 1b, image": ("aligned", "image", True),
@@ -445,29 +501,38 @@ class Demo:
     def report(self) -> None:
         """Writes the report, with the results of the ablation if there are any."""
         results = json.loads((self.output / "results.json").read_text())
-        models = {"before alignment": self.model("untrained")}
+        models = {"before alignment": self.model("untrained"), "before stage 1b": self.model("pretrained")}
         ablation = self.output / "ablation" / "results.json"
         if ablation.exists():
             found = json.loads(ablation.read_text())
             results["variants"] |= {f"ablation: {name}": scores for name, scores in found["means"].items()}
             for run in found["runs"]:
                 loss, seed = run.split(" ")
-                if loss != "bounds":
+                if loss in LOSSES:
                     models.setdefault(f"{loss} (ablation)", self.model(f"ablation/{loss}-{seed}/aligned"))
         write_report(self.output, results, models | {"aligned": self.model("model")}, self.rows("test"))
 
     def stages(self) -> list[Stage]:
         """All stages, with about the seconds that they take on two cores."""
         return [
-            Stage("world", 30, self.world),
-            Stage("captioner", 170, self.captioner),
-            Stage("prefix tuning", 20, self.prefix_tuning),
-            Stage("alignment", 190, self.alignment),
-            Stage("pseudo-captions", 15, self.pseudo_captions),
-            Stage("distillation", 20, self.distillation),
-            Stage("supervised twin", 30, self.supervised),
-            Stage("evaluation", 40, self.evaluation),
+            Stage("world", 20, self.world),
+            Stage("captioner", 215, self.captioner),
+            Stage("prefix tuning", 10, self.prefix_tuning),
+            Stage("audio pretraining", 50, self.audio_pretraining),
+            Stage("alignment", 200, self.alignment),
+            Stage("pseudo-captions", 6, self.pseudo_captions),
+            Stage("distillation", 25, self.distillation),
+            Stage("supervised twin", 25, self.supervised),
+            Stage("evaluation", 20, self.evaluation),
         ]
+
+
+def _train_audio_encoder(
+    config: DemoConfig, recipe: str, start: str, folder: str, settings: dict, report: Callable
+) -> None:
+    demo = Demo(config)
+    demo.attach(Relay(report))
+    demo.train_audio_encoder(recipe, start, folder, settings)
 
 
 def must_hold(variants: dict[str, dict], image_captions_same: bool, area: float | None) -> list[dict]:
@@ -510,25 +575,24 @@ def must_hold(variants: dict[str, dict], image_captions_same: bool, area: float 
     ]
 
 
-def weights_by_kind(weights: np.ndarray, things: list[dict], image_size: int) -> dict[bool, list[float]]:
+def weights_by_kind(weights: np.ndarray, things: list[dict]) -> dict[bool, list[float]]:
     """
     Weights of the image tokens on things that sound, and of those on silent ones.
 
     Args:
         weights: [rows, columns] of the tokens of a picture.
-        things: With `box` [left, top, right, bottom] in pixels and `sounds`.
-        image_size: Side of the picture in pixels.
+        things: With `mask`, a grey picture of where the thing is, and `sounds`.
 
     Returns:
-        Weights of the tokens whose centre lies in boxes of one kind only, by whether that kind sounds.
+        Weights of the tokens of whose patch one kind of things covers at least half, by whether that kind sounds.
     """
-    centres = (np.arange(len(weights)) + 0.5) * image_size / len(weights)
-    inside = {kind: np.zeros(weights.shape, dtype=bool) for kind in (True, False)}
+    rows, columns = weights.shape
+    covered = {kind: np.zeros(weights.shape) for kind in (True, False)}
     for thing in things:
-        left, top, right, bottom = thing["box"]
-        rows, columns = (centres > top) & (centres < bottom), (centres > left) & (centres < right)
-        inside[thing["sounds"]] |= rows[:, None] & columns
-    return {kind: weights[inside[kind] & ~inside[not kind]].tolist() for kind in (True, False)}
+        mask = read_image(thing["mask"]).getchannel(0).resize((columns, rows), Image.Resampling.BOX)
+        covered[thing["sounds"]] += np.asarray(mask) / 255
+    on = {kind: share >= 0.5 for kind, share in covered.items()}
+    return {kind: weights[on[kind] & ~on[not kind]].tolist() for kind in (True, False)}
 
 
 def area_under_roc(positive: list[float], negative: list[float]) -> float:
@@ -611,15 +675,13 @@ def run(config: DemoConfig) -> dict:
     """
     output = Path(config.output)
     claim(output, config)
-    datasets.disable_progress_bars()  # one bar is enough
-    logging.disable_progress_bar()
     demo = Demo(config)
     seconds = run_stages(demo.stages(), output / "done", demo.attach)
     results = json.loads((output / "evaluation" / "results.json").read_text())
     results["seconds"] = seconds | {
         "all": {kind: round(sum(spent[kind] for spent in seconds.values()), 1) for kind in ("wall", "cpu")}
     }
-    results["peak memory (GiB)"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    results["peak memory (GiB)"] = round(peak_memory(config.processes), 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     demo.report()
     return results

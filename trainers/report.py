@@ -143,6 +143,7 @@ def loss_curves(output: Path) -> list[dict]:
     for folder, name in (
         ("captioner", "captioner"),
         ("prefix", "stage 1a: prefix"),
+        ("pretrained", "audio pretraining"),
         ("aligned", "stage 1b: alignment"),
         ("model", "stage 2: distillation"),
         ("supervised", "supervised twin"),

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +148,8 @@ class StageTrainer(Trainer):
         kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: if a data set is empty or lacks a column.
+        ValueError: if a data set is empty or lacks a column, or if processes that were started together would each
+            train for itself.
     """
 
     def __init__(
@@ -161,6 +163,12 @@ class StageTrainer(Trainer):
         data_collator,
         **kwargs,
     ):
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > args.world_size:
+            raise ValueError(
+                f"{started} processes were started together, but each would train for itself: on CPU, set "
+                "`use_cpu: true`."
+            )
         if args.n_gpu > 1:
             logger.warning("One of several GPUs is used: start with torchrun or accelerate launch to use them all.")
             args._n_gpu = 1

@@ -148,6 +148,23 @@ def test_things_are_drawn_in_their_boxes_and_nowhere_else():
         assert not changed[~inside].any()
 
 
+def test_masks_are_where_things_change_the_picture():
+    size = 64
+    for index in range(40):
+        current = scene("test", index, variant=world.VARIANTS[index % 2])
+        empty = Scene((), (), (), current.variant, current.key)
+        changed = np.any(np.asarray(current.picture(size)) != np.asarray(empty.picture(size)), axis=-1)
+        masks = [np.asarray(mask) for mask in current.masks(size)]
+        covered = np.max(masks, axis=0) if masks else np.zeros((size, size))
+        assert len(masks) == len(current.seen) and not changed[covered == 0].any()
+        # A thing may have the very colour of the ground in a few pixels.
+        assert changed[covered > 0].mean() > 0.95
+        for mask, (left, top, right, bottom) in zip(masks, current.boxes(size), strict=True):
+            rows, columns = np.nonzero(mask)
+            assert rows.min() >= top - 2 and rows.max() <= bottom + 2
+            assert columns.min() >= left - 2 and columns.max() <= right + 2 and mask.max() == 255
+
+
 def test_frames_of_a_video_differ_a_little():
     for index in range(20):
         frames = [np.asarray(scene("video", index).picture(64, frame), dtype=float) for frame in range(3)]
@@ -259,6 +276,8 @@ def test_rows_of_the_test_split_agree_with_their_scenes(build):
         wave, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
         assert rate == 16_000
         np.testing.assert_allclose(wave, current.sound(1.28), atol=1 / 32000)
+        for thing, mask in zip(row["things"], current.masks(32), strict=True):
+            np.testing.assert_array_equal(np.asarray(thing["mask"]), np.asarray(mask))
         assert len(row["captions"]) == len(row["seen_captions"]) == 5
 
 

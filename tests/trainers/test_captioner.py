@@ -12,6 +12,7 @@ from trainers.captioner import (
     CaptionerConfig,
     CaptionerModel,
     CaptionerTrainer,
+    answers_of,
     new_captioner,
     texts_of,
     word_tokenizer,
@@ -43,7 +44,7 @@ def test_tokenizer_knows_words_of_prompts_and_captions_and_takes_punctuation_off
 
 def test_batches_are_what_the_processor_would_make(captioner, rows):
     _, model, processor = captioner
-    batch = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0)([rows[0], rows[1]])
+    batch = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0, answers_of(rows))([rows[0], rows[1]])
     for index, row in enumerate((rows[0], rows[1])):
         content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -53,13 +54,18 @@ def test_batches_are_what_the_processor_would_make(captioner, rows):
         torch.testing.assert_close(batch["pixel_values"][index], inputs["pixel_values"][0])
         answer = batch["labels"][index][batch["labels"][index] != IGNORED]
         assert processor.tokenizer.decode(answer[:-1]) == row["captions"][0] and answer[-1] == 2
-        words = set(processor.tokenizer.convert_ids_to_tokens(batch["words"][index].nonzero()[:, 0].tolist()))
+        words, absent = (
+            set(processor.tokenizer.convert_ids_to_tokens((batch["words"][index] == value).nonzero()[:, 0].tolist()))
+            for value in (1, 0)
+        )
         assert words == {word for caption in row["captions"] for word in caption.split()}
+        answers = [caption for other in rows if other["question"] == row["question"] for caption in other["captions"]]
+        assert words | absent == {word for caption in answers for word in caption.split()} and not words & absent
 
 
 def test_training_rows_draw_their_captions_from_seed_and_epoch(captioner, rows):
     _, model, processor = captioner
-    collator = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0)
+    collator = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0, answers_of(rows))
 
     def draw(epoch):
         labels = collator([{**rows[0], "epoch": epoch}])["labels"][0]
@@ -71,7 +77,9 @@ def test_training_rows_draw_their_captions_from_seed_and_epoch(captioner, rows):
 
 def test_noise_is_for_training_only_and_words_reach_the_tower(captioner, rows):
     _, model, processor = captioner
-    batch = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0)([rows[i] for i in range(4)])
+    batch = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0, answers_of(rows))(
+        [rows[i] for i in range(4)]
+    )
     noisy, plain = CaptionerModel(model, 10.0, 0.7), CaptionerModel(model, 0.0, 0.0)
     noisy.eval()
     assert noisy(**batch)["loss"] == noisy(**batch)["loss"]
@@ -83,9 +91,21 @@ def test_noise_is_for_training_only_and_words_reach_the_tower(captioner, rows):
     assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
 
 
+def test_words_that_never_answer_a_question_do_not_count(captioner, rows):
+    _, model, processor = captioner
+    collator = CaptionerCollator(processor, model.config.image_seq_length, 3.0, 0, answers_of(rows))
+    batch = collator([next(row for row in rows if row["question"] in HEARD_QUESTIONS)])
+    wrapper = CaptionerModel(model, 10.0, 0.0).eval()
+    wrapper(**batch)["loss"].backward()
+    silent, absent = processor.tokenizer.convert_tokens_to_ids(["house", "bell"])
+    assert batch["words"][0, silent].isnan() and not batch["words"][0, absent].isnan()
+    moves = wrapper.words.bias.grad != 0
+    assert not moves[silent] and moves[absent] and torch.equal(moves, ~batch["words"][0].isnan())
+
+
 def test_the_language_model_meets_up_to_three_times_the_tokens(captioner, rows):
     _, model, processor = captioner
-    collator = CaptionerCollator(processor, 16, 3.0, 0)
+    collator = CaptionerCollator(processor, 16, 3.0, 0, answers_of(rows))
     wrapper = CaptionerModel(model, 10.0, 0.0).train()
     seen = []
     projector = model.model.multi_modal_projector

@@ -148,6 +148,21 @@ def test_training_rows_are_random_by_epoch_and_nothing_else(tiny):
     torch.testing.assert_close(plain["pixel_values"][0], middle["pixel_values"][0])
 
 
+def test_cached_features_are_those_of_the_first_reading(tiny, monkeypatch):
+    plain, cached = AlignmentCollator(tiny[1]), AlignmentCollator(tiny[1], cache_features=True)
+    rows = clips(4)
+
+    def batch(collator, epoch):
+        return collator([{**rows[i], "epoch": epoch, "index": i} for i in range(4)])["input_features"]
+
+    wanted = [batch(plain, epoch) for epoch in range(2)]
+    assert torch.equal(batch(cached, 0), wanted[0])
+    monkeypatch.setattr("trainers.data_collator.read_audio", lambda *args: pytest.fail("read again"))
+    assert torch.equal(batch(cached, 1), wanted[1])  # augmented anew, and the cache is not what was augmented
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        cached([{**rows[0], "index": 0}])  # rows of an evaluation may be others with the same index
+
+
 @given(st.integers(0, 2**31), st.integers(1, 60))
 @settings(deadline=None, max_examples=25)
 def test_augmentation_is_noise_and_a_roll(seed, heard):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import AutoModel
 
 from modeling_dali import cli
 from trainers import ablation
 from trainers import demo as demo_module
 from trainers.ablation import AblationConfig
+from trainers.alignment import AlignmentConfig
 from trainers.demo import RECIPES, Demo, DemoConfig, area_under_roc, must_hold, run, run_stages, weights_by_kind
 
 QUICK = {"use_cpu": True, "max_steps": 3, "save_steps": 1, "logging_steps": 1}
 TINY = {
     "captioner": {"per_device_train_batch_size": 8, "hidden_size": 32, "vision_layers": 1, "text_layers": 1},
     "prefix_tuning": {"prefix_length": 4},
+    "audio_pretraining": {"per_device_train_batch_size": 4},
     "alignment": {"per_device_train_batch_size": 4},
     "distillation": {"per_device_train_batch_size": 4},
     "supervised": {"per_device_train_batch_size": 4},
@@ -38,7 +42,9 @@ def tiny_config(folder: Path) -> DemoConfig:
         (recipes / path.name).write_text(yaml.safe_dump(recipe))
     sizes = {"captions": 24, "prefix": 4, "video": 8, "distillation": 6, "supervised": 6, "test": 4}
     audio = {"num_mel_bins": 32, "audio_width": 32, "audio_layers": 1}
-    return DemoConfig(str(folder / "run"), str(recipes), image_size=32, duration=1.28, frames=2, **sizes, **audio)
+    return DemoConfig(
+        str(folder / "run"), str(recipes), processes=1, image_size=32, duration=1.28, frames=2, **sizes, **audio
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def test_writes_what_it_promises(finished):
     page = (output / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in page  # nothing beside it
     assert page.count('class="card clip"') == config.test and page.count("<audio") == config.test
-    assert page.count("<svg") == 5 + 2 and "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    assert page.count("<svg") == 6 + 3 and "nan" not in re.sub(r"base64,[^\"]*", "", page)
     assert set(results["seconds"]) == {stage.name for stage in Demo(config).stages()} | {"all"}
     for name, scores in results["variants"].items():
         assert 0 <= scores["recall"] <= 1 and scores["clips"] == config.test, name
@@ -113,7 +119,8 @@ def test_the_aligned_model_never_saw_the_supervised_split(finished, monkeypatch)
     demo = Demo(config)
     demo.alignment()
     demo.distillation()
-    assert used == ["video", "distillation"]
+    demo.audio_pretraining()
+    assert used == ["video", "distillation", "video"]
 
 
 def test_a_second_run_trains_nothing(finished, monkeypatch, capsys):
@@ -132,6 +139,34 @@ def test_two_runs_with_one_seed_agree(finished, tmp_path):
     assert repeated["variants"] == results["variants"] and repeated["must_hold"] == results["must_hold"]
     weights = [Demo(c).model("model")[0].state_dict() for c in (config, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_two_processes_share_the_training_of_the_audio_encoder(finished, tmp_path, monkeypatch):
+    """It comes out as from one process, but for rounding, and the bar hears of every step."""
+    config, _ = finished
+    demo = Demo(replace(config, output=str(tmp_path / "shared"), processes=2))
+    for folder in ("world", "untrained"):
+        shutil.copytree(Path(config.output, folder), tmp_path / "shared" / folder)
+    told = []
+    monkeypatch.setattr(Demo, "show", lambda self, share, loss: told.append((round(share, 2), loss[:5])))
+    demo.audio_pretraining()
+    assert [share for share, _ in told] == [0.33, 0.67, 1.0] and told[1][1] == "loss "
+    state = json.loads((tmp_path / "shared" / "pretrained" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 2  # of the recipe's 4
+    shared, alone = (Demo(c).model("pretrained")[0].state_dict() for c in (demo.config, config))
+    start = Demo(config).model("untrained")[0].state_dict()
+    trained = [name for name in start if not torch.equal(alone[name], start[name])]
+    assert trained and all("audio" in name for name in trained)
+    for name in trained:
+        if "qkv.bias" not in name:  # keys' biases have no gradient but rounding, of which Adam makes steps
+            torch.testing.assert_close(shared[name], alone[name], rtol=0, atol=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_an_error(finished, monkeypatch):
+    config, _ = finished
+    monkeypatch.setattr(AlignmentConfig, "world_size", 3)
+    with pytest.raises(ValueError, match="alignment.yaml: 3 processes cannot share a batch of 4"):
+        Demo(config).train_audio_encoder("alignment", "untrained", "aligned", {})
 
 
 def test_other_settings_do_not_mix(finished):
@@ -204,18 +239,17 @@ def test_ablation_reuses_the_captioner_and_writes_a_table(finished, monkeypatch)
     settings = AblationConfig(config.output, config.recipes, seeds="0,1", losses="attentive_ot,mmd")
     results = ablation.run(settings, config)
     kinds = [type(trainer).__name__ for trainer in trained]
-    assert kinds.count("AlignmentTrainer") == 4 and kinds.count("DistillationTrainer") == 6 and len(kinds) == 10
-    assert {trainer.args.loss for trainer in trained if "Alignment" in type(trainer).__name__} == {
-        "attentive_ot",
-        "mmd",
-    }
-    assert set(results["runs"]) == {f"{name} {seed}" for name in ("attentive_ot", "mmd", "bounds") for seed in (0, 1)}
+    assert kinds.count("AlignmentTrainer") == 6 and kinds.count("DistillationTrainer") == 6 and len(kinds) == 12
+    losses = [trainer.args.loss for trainer in trained if "Alignment" in type(trainer).__name__]
+    assert losses == 2 * ["contrastive", "attentive_ot", "mmd"]
+    names = ("start", "attentive_ot", "mmd", "bounds")
+    assert set(results["runs"]) == {f"{name} {seed}" for name in names for seed in (0, 1)}
     assert len(results["runs"]["mmd 1"]) == 4 and set(results["above"]) == {
         "attentive_ot above mmd",
         "mmd above attentive_ot",
     }
     lines = Path(config.output, "ablation", "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 2 * 4 + 3 and all("±" in line and line.endswith("| 2 |") for line in lines[2:])
+    assert len(lines) == 2 + 2 * 4 + 4 and all("±" in line and line.endswith("| 2 |") for line in lines[2:])
     page = Path(config.output, "report.html").read_text()
     assert "mmd (ablation)" in page and "ablation: supervised twin" in page
     trained.clear()
@@ -250,9 +284,17 @@ def test_area_under_roc_is_the_share_of_pairs_in_order():
     assert area_under_roc(positive, negative) == pytest.approx(np.mean(pairs))
 
 
-def test_tokens_belong_to_the_things_whose_boxes_hold_their_centres():
-    weights = np.arange(16.0).reshape(4, 4)
-    things = [{"box": [0, 0, 20, 20], "sounds": True}, {"box": [14, 0, 40, 20], "sounds": False}]
-    found = weights_by_kind(weights, things, 40)
-    assert found[True] == [0, 4]  # the centres at x = 15 lie in both boxes
-    assert found[False] == [2, 3, 6, 7]
+def test_tokens_belong_to_the_things_that_cover_half_of_their_patch():
+    def thing(sounds: bool, *covered: tuple[int, int, int, int]) -> dict:
+        mask = Image.new("L", (40, 40))
+        for box in covered:
+            mask.paste(255, box)
+        return {"mask": mask, "sounds": sounds}
+
+    weights = np.arange(16.0).reshape(4, 4)  # patches of 10 pixels
+    things = [thing(True, (0, 0, 16, 14)), thing(True, (0, 14, 10, 16)), thing(False, (14, 0, 40, 4), (30, 0, 40, 20))]
+    found = weights_by_kind(weights, things)
+    # Of patch 4, two things that sound cover 40 % and 20 %; of patch 1, one that sounds 60 % and a silent one 24 %.
+    assert found[True] == [0, 1, 4] and found[False] == [3, 7]
+    both = [thing(True, (0, 0, 10, 6)), thing(False, (0, 3, 10, 10))]
+    assert weights_by_kind(weights, both) == {True: [], False: []}
