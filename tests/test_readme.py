@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,11 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_make_demo_captions_samples_that_are_not_there_yet():
+    done = subprocess.run(["make", "-n", "demo", "FILES="], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "dali caption --model runs/demo/model runs/demo/samples/*.wav" in done.stdout
 
 
 def test_caption_commands_run(workplace, capsys):
