@@ -318,7 +318,7 @@ class CaptionerTrainer(StageTrainer):
         model: LlavaForConditionalGeneration,
         args: CaptionerConfig,
         processor: LlavaProcessor,
-        train_dataset=None,
+        train_dataset,
         **kwargs,
     ):
         torch.manual_seed(args.seed)
