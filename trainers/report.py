@@ -158,12 +158,12 @@ def loss_curves(output: Path) -> list[dict]:
 def _curve(points: Sequence[tuple[float, float]]) -> str:
     """An SVG of steps and losses."""
     steps, losses = np.array(points, dtype=float).T
-    x, y = _scale(steps, 44, 292), _scale(losses, 150, 10)
+    x, y = _scale(steps, 64, 292), _scale(losses, 150, 10)
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     return Markup(
-        f'<svg viewBox="0 0 300 180" role="img"><path d="M44 10V150H292" fill="none" stroke="#d0d5dd"/>'
-        f'<text x="40" y="16" text-anchor="end">{losses.max():.3g}</text>'
-        f'<text x="40" y="150" text-anchor="end">{losses.min():.3g}</text>'
+        f'<svg viewBox="0 0 300 180" role="img"><path d="M64 10V150H292" fill="none" stroke="#d0d5dd"/>'
+        f'<text x="60" y="16" text-anchor="end">{losses.max():.3g}</text>'
+        f'<text x="60" y="150" text-anchor="end">{losses.min():.3g}</text>'
         f'<text x="292" y="168" text-anchor="end">step {steps.max():.0f}</text>'
         f'<polyline points="{line}" fill="none" stroke="#2f6fde" stroke-width="2"/></svg>'
     )
