@@ -520,15 +520,15 @@ class Demo:
     def stages(self) -> list[Stage]:
         """All stages, with about the seconds that they take on two cores."""
         return [
-            Stage("world", 20, self.world),
-            Stage("captioner", 215, self.captioner),
+            Stage("world", 25, self.world),
+            Stage("captioner", 205, self.captioner),
             Stage("prefix tuning", 10, self.prefix_tuning),
-            Stage("audio pretraining", 50, self.audio_pretraining),
-            Stage("alignment", 200, self.alignment),
-            Stage("pseudo-captions", 6, self.pseudo_captions),
+            Stage("audio pretraining", 80, self.audio_pretraining),
+            Stage("alignment", 160, self.alignment),
+            Stage("pseudo-captions", 5, self.pseudo_captions),
             Stage("distillation", 25, self.distillation),
-            Stage("supervised twin", 25, self.supervised),
-            Stage("evaluation", 20, self.evaluation),
+            Stage("supervised twin", 30, self.supervised),
+            Stage("evaluation", 15, self.evaluation),
         ]
 
 

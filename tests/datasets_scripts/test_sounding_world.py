@@ -133,12 +133,17 @@ def test_pictures_alone_do_not_tell_of_the_wind_unless_nothing_else_is_heard():
             assert world.WIND not in heard or heard == (world.WIND,)
 
 
+def changed_by_things(current, size):
+    """Where the picture of a scene differs from that of the same ground with nothing on it."""
+    empty = Scene((), (), (), current.variant, current.key)
+    return np.any(np.asarray(current.picture(size)) != np.asarray(empty.picture(size)), axis=-1)
+
+
 def test_things_are_drawn_in_their_boxes_and_nowhere_else():
     size = 64
     for index in range(60):
         current = scene("test", index, variant=world.VARIANTS[index % 2])
-        empty = Scene((), (), (), current.variant, current.key)
-        changed = np.any(np.asarray(current.picture(size)) != np.asarray(empty.picture(size)), axis=-1)
+        changed = changed_by_things(current, size)
         inside = np.zeros_like(changed)
         for left, top, right, bottom in current.boxes(size):
             assert -2 <= left < right <= size + 2 and -2 <= top < bottom <= size + 2
@@ -152,8 +157,7 @@ def test_masks_are_where_things_change_the_picture():
     size = 64
     for index in range(40):
         current = scene("test", index, variant=world.VARIANTS[index % 2])
-        empty = Scene((), (), (), current.variant, current.key)
-        changed = np.any(np.asarray(current.picture(size)) != np.asarray(empty.picture(size)), axis=-1)
+        changed = changed_by_things(current, size)
         masks = [np.asarray(mask) for mask in current.masks(size)]
         covered = np.max(masks, axis=0) if masks else np.zeros((size, size))
         assert len(masks) == len(current.seen) and not changed[covered == 0].any()
