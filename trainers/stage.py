@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,10 +162,10 @@ class StageTrainer(Trainer):
         data_collator,
         **kwargs,
     ):
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > args.world_size:
+        grouped = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if grouped > args.world_size:
             raise ValueError(
-                f"{started} processes were started together, but each would train for itself: on CPU, set "
+                f"{grouped} processes were started together, but each would train for itself: on CPU, set "
                 "`use_cpu: true`."
             )
         if args.n_gpu > 1:

@@ -112,6 +112,16 @@ def test_two_processes_are_one_for_a_loss_over_the_batch(tmp_path):
     assert_close(tmp_path / "two", torch.load(tmp_path / "one" / "final.pt"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes that find GPUs share the training")
+def test_processes_that_would_train_each_for_itself_are_refused(tmp_path):
+    assert start(refused, tmp_path, world=2) == [0, 0]
+
+
+def refused(folder, **group):
+    with pytest.raises(ValueError, match="use_cpu: true"):
+        train("distillation", folder, use_cpu=False, **group)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_sharded_over_two_processes(stage, whole, tmp_path):
     options = {"world": 2, "per_device_train_batch_size": 2, "fsdp": True, "fsdp_config": {"version": 2}}
