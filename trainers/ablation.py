@@ -58,16 +58,22 @@ class AblationConfig:
 
 
 def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
-    """Scores of one loss and one seed, before and after distillation, from sound and from sound and picture."""
+    """
+    Scores of one loss and one seed.
+
+    Before and after distillation, from sound and from sound and picture; and in the end on unseen combinations.
+    """
     base = f"ablation/{loss}-{seed}"
     demo.alignment(f"ablation/pretrained-{seed}", f"{base}/aligned", loss=loss, seed=seed)
     demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
     demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
-    return {
+    scores = {
         f"{when} distillation, {what}": demo.scores(f"{base}/{folder}", modality, folder == "aligned" or with_picture)
         for when, folder in (("before", "aligned"), ("after", "model"))
         for what, modality, with_picture in (("sound", "audio", False), ("sound and picture", "audio_image", True))
     }
+    scores[f"{FINAL}, unseen combinations"] = demo.scores(f"{base}/model", variant="unseen_combinations")
+    return scores
 
 
 def run_start(demo: Demo, seed: int) -> dict[str, dict]:

@@ -1,3 +1,4 @@
+import colorsys
 import hashlib
 import io
 from itertools import combinations, pairwise
@@ -84,6 +85,12 @@ def test_unseen_combinations_cover_every_thing():
         assert frozenset(heard) in world.HELD_OUT_PAIRS
         met |= heard
     assert met == {thing.name for thing in world.SOUNDING}
+
+
+def test_things_that_never_meet_differ_in_colour():
+    for pair in world.HELD_OUT_PAIRS:
+        first, second = (np.array(colorsys.hsv_to_rgb(*world.THINGS[name].colour)) for name in pair)
+        assert np.linalg.norm(first - second) > 0.25, pair
 
 
 # Everything from the seed
