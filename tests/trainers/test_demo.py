@@ -245,12 +245,12 @@ def test_ablation_reuses_the_captioner_and_writes_a_table(finished, monkeypatch)
     assert losses == 2 * ["contrastive", "attentive_ot", "mmd"]
     names = ("start", "attentive_ot", "mmd", "bounds")
     assert set(results["runs"]) == {f"{name} {seed}" for name in names for seed in (0, 1)}
-    assert len(results["runs"]["mmd 1"]) == 4 and set(results["above"]) == {
+    assert len(results["runs"]["mmd 1"]) == 5 and set(results["above"]) == {
         "attentive_ot above mmd",
         "mmd above attentive_ot",
     }
     lines = Path(config.output, "ablation", "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 2 * 4 + 4 and all("±" in line and line.endswith("| 2 |") for line in lines[2:])
+    assert len(lines) == 2 + 2 * 5 + 4 and all("±" in line and line.endswith("| 2 |") for line in lines[2:])
     page = Path(config.output, "report.html").read_text()
     assert "mmd (ablation)" in page and "ablation: supervised twin" in page
     trained.clear()
