@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo
-	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model runs/demo/model $(or $(FILES),runs/demo/samples/*.wav)
+	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model runs/demo/model $(or $(strip $(FILES)),runs/demo/samples/*.wav)
 
 demo-vipant: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo_vipant
