@@ -33,9 +33,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import TransformersKwargs, is_peft_available
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -46,6 +50,9 @@ from .model_card_dali import model_card
 
 if is_peft_available():
     from peft import PeftConfig, PromptTuningConfig, TaskType, load_peft_weights
+
+# What language models call their cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,16 +223,24 @@ def build_audio_tower(audio_config) -> PreTrainedModel:
 
 
 @dataclasses.dataclass
-class DaliModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's outputs and `audio_hidden_states`: projected audio tokens [tokens of all clips, hidden size]."""
+class DaliModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    The language model's outputs, and projected tokens [tokens of all images or clips, hidden size]:
+    `image_hidden_states`, `audio_hidden_states`.
+    """
 
+    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
-class DaliCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """LLaVA's outputs and `audio_hidden_states`: projected audio tokens [tokens of all clips, hidden size]."""
+class DaliCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    The language model's outputs, and projected tokens [tokens of all images or clips, hidden size]:
+    `image_hidden_states`, `audio_hidden_states`.
+    """
 
+    image_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
 
 
@@ -392,7 +407,7 @@ class DaliModel(LlavaModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -400,6 +415,7 @@ class DaliModel(LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> DaliModelOutputWithPast:
         """
@@ -441,9 +457,10 @@ class DaliModel(LlavaModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)
+        cache = past_key_values if cache is None else cache
         # Text that continues a cache was written by the model: it has no placeholders to fill, whatever its ids. The
         # length is asked first: for a static cache the second question waits for the device.
-        is_start = inputs_embeds.shape[1] > 1 and (past_key_values is None or past_key_values.get_seq_length() == 0)
+        is_start = inputs_embeds.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0)
         if is_start or any(given is not None for given in features.values()):
             inputs_embeds = self.fill_placeholders("image", features["image"], input_ids, inputs_embeds)
             inputs_embeds = self.fill_placeholders("audio", features["audio"], input_ids, inputs_embeds)
@@ -452,17 +469,17 @@ class DaliModel(LlavaModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         return DaliModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features["image"],
             audio_hidden_states=features["audio"],
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def fill_prefix(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -733,7 +750,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -743,6 +760,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> DaliCausalLMOutputWithPast:
         """
@@ -756,7 +774,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -764,6 +782,7 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             input_features=input_features,
             input_features_mask=input_features_mask,
+            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
@@ -774,12 +793,19 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
         return DaliCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
+        """The base class's; the cache goes by its former name too, by which PEFT 0.21's prompt tuning looks for it."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs["cache"]
+        return inputs
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Encodes sounds once, before beams or samples multiply the rows, as the base class does with images."""

@@ -278,10 +278,11 @@ class CaptionerModel(nn.Module):
         projector = self.llava.model.multi_modal_projector
         hook = projector.register_forward_pre_hook(lambda _, given: (self.disturb(given[0], count),))
         try:
-            outputs = self.llava(**inputs)
+            features = self.llava.get_image_features(inputs.pop("pixel_values"), return_dict=True)
         finally:
             hook.remove()  # the LLaVA itself stays as it is
-        image = outputs.image_hidden_states.view(len(words), -1, self.words.in_features)  # [B, tokens, width]
+        outputs = self.llava(**inputs, mm_encoder_outputs={"image": features})
+        image = torch.stack(features.pooler_output)  # [B, tokens, width]
         names = self.words(image)  # [B, tokens, vocabulary]
         strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
         told = ~words.isnan()

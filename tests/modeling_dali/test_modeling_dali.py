@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from modeling_dali import DaliAudioModel, DaliForConditionalGeneration
-from modeling_dali.modeling_dali import sincos_positions
+from modeling_dali.modeling_dali import CACHE, sincos_positions
 from tests.tiny import tiny_audio_config, tiny_dali, tiny_llava, tiny_tokenizer
 
 TOWERS = ["clip", "siglip"]
@@ -366,6 +366,23 @@ def test_generate_with_static_cache():
     static = model.generate(**inputs, max_new_tokens=8, do_sample=False, cache_implementation="static")
     without = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False)
     assert torch.equal(dynamic, static) and torch.equal(dynamic, without)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_continues_the_text_by_either_name(name):
+    """transformers 5.24 says `cache`; before, and in PEFT 0.21, it is `past_key_values`."""
+    model, processor = tiny_dali()
+    inputs = prepare(processor, [("audio", 0, 0)])
+    answer = torch.tensor([[9, 10]])
+    whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], answer], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with torch.no_grad():
+        expected = model(**whole).logits[:, -2:]
+        start = model(**inputs, use_cache=True)
+        rest = model(input_ids=answer, attention_mask=whole["attention_mask"], **{name: start[CACHE]})
+    assert rest.logits.shape == expected.shape  # what has been heard is not read again
+    torch.testing.assert_close(rest.logits, expected)
+    assert rest[CACHE].get_seq_length() == whole["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("tower", TOWERS)
