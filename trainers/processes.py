@@ -4,6 +4,7 @@ Small models gain little from threads: two processes of one thread make a step o
 times as fast as two threads do (`benchmarks/bench_processes.py`), and prepare their batches side by side.
 """
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -54,5 +55,6 @@ def _enter(rank: int, function: Callable, arguments: tuple, processes: int, port
     try:
         function(*arguments, report)
     finally:
+        gc.collect()  # a model shared by the group holds it, in a cycle; a group that outlives this aborts the process
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,6 +1,9 @@
 """Processes of one group: what they share, what they report, and how they fail."""
 
+import gc
 import os
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,15 @@ def add_up(value: float, report) -> None:
     report(float(total), torch.get_num_threads())
 
 
+def share_a_model(folder: Path, report) -> None:
+    gc.disable()  # chance takes no part in what is gone
+    torch.distributed.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    alive, note, destroy = weakref.ref(model), folder / os.environ["RANK"], torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda: (note.write_text(f"{alive()}"), destroy())
+
+
 def fail_in_the_second(report) -> None:
     if os.environ["RANK"] == "1":
         raise ValueError("the second one fails")
@@ -27,6 +39,12 @@ def test_processes_form_one_group_and_the_first_reports():
     run_in_processes(add_up, (2.0,), 2, lambda *values: reports.append(values))
     assert reports == [(6.0, 1)]
     assert "RANK" not in os.environ and not torch.distributed.is_initialized()
+
+
+def test_a_shared_model_is_gone_before_its_group(tmp_path):
+    """Else it holds the group to the process's end, whose threads then abort it, one time in six."""
+    run_in_processes(share_a_model, (tmp_path,), 2, print)
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["None", "None"]
 
 
 def test_an_error_in_any_of_them_ends_all_and_is_raised_here():
