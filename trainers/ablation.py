@@ -24,7 +24,7 @@ from itertools import permutations
 from pathlib import Path
 
 from trainers.alignment import LOSSES
-from trainers.demo import RECIPES, Demo, DemoConfig, Stage, claim, run_stages
+from trainers.demo import RECIPES, Demo, DemoConfig, Stage, claim
 from trainers.recipes import parse_recipe
 from trainers.report import COLUMNS
 
@@ -108,7 +108,7 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
     demo = Demo(demo_config or DemoConfig(config.demo, config.recipes))
     claim(demo.output, demo.config)
     shared = [stage for stage in demo.stages() if stage.name in ("world", "captioner", "prefix tuning")]
-    run_stages(shared, demo.output / "done", demo.attach)
+    demo.run_stages(shared, demo.output / "done")
 
     folder = demo.output / "ablation"
     seeds, losses = [int(seed) for seed in config.seeds.split(",")], config.losses.split(",")
@@ -124,13 +124,13 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
         for loss in losses:
             add(f"{loss} {seed}", 180, partial(run_loss, demo, loss, seed))
         add(f"bounds {seed}", 30, partial(run_bounds, demo, seed))
-    seconds = run_stages(stages, folder / "done", demo.attach)
+    spent = demo.run_stages(stages, folder / "done")
     scores = {name: json.loads(file.read_text()) for name, file in runs.items()}
     lines = summary(scores)
     means = {
         name: {column: statistics.mean(values) for column, values in line.items()} for name, line in lines.items()
     }
-    results = {"runs": scores, "means": means, "above": above(scores, losses, seeds), "seconds": seconds}
+    results = {"runs": scores, "means": means, "above": above(scores, losses, seeds), "spent": spent}
     _write(folder / "results.json", results)
     (folder / "table.md").write_text(table(lines), encoding="utf-8")
     if (demo.output / "results.json").exists():

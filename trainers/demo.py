@@ -174,6 +174,11 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in usage)
 
 
+def peak_memory() -> float:
+    """GiB that this process alone had in use at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def memory_in_use() -> float:
     """GiB of this process and its children, what they share counted once where the system tells (Linux)."""
     own = psutil.Process()
@@ -197,39 +202,6 @@ class Stage:
     run: Callable[[], None]
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, attach: Callable[[Progress], None]) -> dict[str, dict]:
-    """
-    Runs the stages that are not done.
-
-    Args:
-        stages: All, in order.
-        folder: Where it is noted which are done.
-        attach: Gets the progress bar before the first stage.
-
-    Returns:
-        Seconds of wall clock and of processor time of each stage, those done before among them.
-    """
-    notes = {stage.name: folder / f"{stage.name.replace(' ', '_')}.json" for stage in stages}
-    pending = [stage for stage in stages if not notes[stage.name].exists()]
-    for stage in stages:
-        if stage not in pending:
-            print(f"{stage.name}: done before, taken from {folder.parent}")
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress({stage.name: stage.seconds for stage in pending})
-    attach(progress)
-    with logging_redirect_tqdm():  # warnings above the bar, not through it
-        for stage in pending:
-            progress.start(stage.name)
-            wall, cpu = time.perf_counter(), cpu_seconds()
-            stage.run()
-            progress.finish()
-            spent = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(cpu_seconds() - cpu, 1)}
-            notes[stage.name].write_text(json.dumps(spent))
-    progress.bar.n = progress.bar.total
-    progress.bar.close()
-    return {stage.name: json.loads(notes[stage.name].read_text()) for stage in stages}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages
 
@@ -249,9 +221,40 @@ class Demo:
         datasets.disable_progress_bars()  # one bar is enough
         logging.disable_progress_bar()
 
-    def attach(self, progress: Progress | Relay) -> None:
-        """Shows the trainers' steps on a bar."""
-        self.progress = progress
+    def run_stages(self, stages: Sequence[Stage], folder: Path) -> dict[str, dict]:
+        """
+        Runs the stages that are not done.
+
+        Args:
+            stages: All, in order.
+            folder: Where it is noted which are done.
+
+        Returns:
+            What each stage took, those done before among them: `wall` and `cpu` seconds, `memory` in GiB (the most in
+            use up to its end).
+        """
+        notes = {stage.name: folder / f"{stage.name.replace(' ', '_')}.json" for stage in stages}
+        pending = [stage for stage in stages if not notes[stage.name].exists()]
+        for stage in stages:
+            if stage not in pending:
+                print(f"{stage.name}: done before, taken from {folder.parent}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.progress = progress = Progress({stage.name: stage.seconds for stage in pending})
+        with logging_redirect_tqdm():  # warnings above the bar, not through it
+            for stage in pending:
+                progress.start(stage.name)
+                wall, cpu = time.perf_counter(), cpu_seconds()
+                stage.run()
+                progress.finish()
+                spent = {
+                    "wall": round(time.perf_counter() - wall, 1),
+                    "cpu": round(cpu_seconds() - cpu, 1),
+                    "memory": round(max(peak_memory(), self.shared_memory), 2),
+                }
+                notes[stage.name].write_text(json.dumps(spent))
+        progress.bar.n = progress.bar.total
+        progress.bar.close()
+        return {stage.name: json.loads(notes[stage.name].read_text()) for stage in stages}
 
     def settings(self, kind: type, recipe: str, folder: str, **paths) -> Any:
         """The settings of a stage: its recipe, with this run's folders and seed."""
@@ -536,7 +539,7 @@ def _train_audio_encoder(
     config: DemoConfig, recipe: str, start: str, folder: str, settings: dict, report: Callable
 ) -> None:
     demo = Demo(config)
-    demo.attach(Relay(report))
+    demo.progress = Relay(report)
     demo.train_audio_encoder(recipe, start, folder, settings)
 
 
@@ -640,7 +643,7 @@ def write_video(path: Path, wav: bytes, picture: Image.Image) -> None:
             frame.pts = index
             container.mux(video.encode(frame))
         sound = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-        sound.sample_rate = rate
+        sound.sample_rate, sound.pts = rate, 0  # without a start, AAC's first frame, which is lead-in, would be sound
         for stream, last in ((audio, sound), (audio, None), (video, None)):
             container.mux(stream.encode(last))
 
@@ -681,13 +684,12 @@ def run(config: DemoConfig) -> dict:
     output = Path(config.output)
     claim(output, config)
     demo = Demo(config)
-    seconds = run_stages(demo.stages(), output / "done", demo.attach)
+    spent = demo.run_stages(demo.stages(), output / "done")
     results = json.loads((output / "evaluation" / "results.json").read_text())
-    results["seconds"] = seconds | {
-        "all": {kind: round(sum(spent[kind] for spent in seconds.values()), 1) for kind in ("wall", "cpu")}
+    results["peak memory (GiB)"] = max(stage.pop("memory") for stage in spent.values())
+    results["seconds"] = spent | {
+        "all": {kind: round(sum(stage[kind] for stage in spent.values()), 1) for kind in ("wall", "cpu")}
     }
-    alone = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    results["peak memory (GiB)"] = round(max(alone, demo.shared_memory), 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     demo.report()
     return results
