@@ -1,5 +1,8 @@
 """
-Where in a picture the sound is: weights of the picture's tokens, and the plan that moves audio tokens onto them.
+Where in a picture the sound is, weights of the picture's tokens, and the plan that moves audio tokens onto them.
+
+Where the sound is, an image token has more audio tokens near it than it would have if there were silence. Weights
+alone do not tell: most audio tokens are at home on the background, as silence's are.
 
 With the scorers of attentive optimal transport (`scorer.safetensors` beside the model) these are the learned weights
 and the optimal plan between them. Without, each audio token goes to the image tokens it lies nearest to, however many
@@ -7,6 +10,7 @@ others do so too (optimal transport with only the audio side held to its margina
 token weighs what it gets.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,8 @@ class Explanation:
     What went where between one sound and one picture.
 
     Attributes:
+        where: [rows, columns] of the picture's tokens: log of what a token gets if every audio token goes to the image
+            tokens nearest to it, over what it gets from silence; 0 where that is as much or more.
         image_weights: [rows, columns] of the picture's tokens, of sum 1.
         audio_weights: [rows (frequency, low first), columns (time)] of the sound's tokens, of sum 1; a single row
             where the audio encoder's tokens are no patches.
@@ -36,6 +42,7 @@ class Explanation:
         learned: Whether the weights come from learned scorers.
     """
 
+    where: np.ndarray
     image_weights: np.ndarray
     audio_weights: np.ndarray
     plan: np.ndarray
@@ -116,24 +123,27 @@ def explain(model, processor, samples, picture: Image.Image, scorers: Scorers | 
     Raises:
         ValueError: if the image tokens are no square of patches.
     """
+    samples = np.asarray(samples)
     features = processor.feature_extractor(
-        [np.asarray(samples)], sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt"
+        [samples, np.zeros_like(samples)], sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt"
     )
     features = features[processor.feature_extractor.model_input_names[0]].to(model.device)
     pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    audio = model.model.get_audio_tokens(features)[0].float().cpu()  # [n, d]
+    audio, silence = model.model.get_audio_tokens(features).float().cpu()  # [n, d]
     image = model.get_image_tokens(pixels)[0].float().cpu()  # [m, d]
     side = round(len(image) ** 0.5)
     if side * side != len(image):
         raise ValueError(f"{len(image)} image tokens are no square of patches: there is no place to draw them at.")
     if scorers is None:
-        plan = nearest_plan(audio, image)
+        plan = log_nearest_plan(audio, image).exp().numpy()
         alpha, beta = plan.sum(1), plan.sum(0)
     else:
         alpha, beta = (weights.double().numpy() for weights in scorers(audio, image))
         plan = ot.emd(alpha / alpha.sum(), beta / beta.sum(), squared_distances(audio, image))
     grid = processor.audio_grid or [1, len(audio)]
-    return Explanation(beta.reshape(side, side), alpha.reshape(grid), plan, scorers is not None)
+    where = np.maximum(log_received(audio, image) - log_received(silence, image), 0)
+    square = (side, side)
+    return Explanation(where.reshape(square), beta.reshape(square), alpha.reshape(grid), plan, scorers is not None)
 
 
 def squared_distances(audio: torch.Tensor, image: torch.Tensor) -> np.ndarray:
@@ -141,10 +151,15 @@ def squared_distances(audio: torch.Tensor, image: torch.Tensor) -> np.ndarray:
     return torch.cdist(audio.double(), image.double()).square().numpy()
 
 
-def nearest_plan(audio: torch.Tensor, image: torch.Tensor) -> np.ndarray:
-    """The plan [n, m] in which every audio token goes to the image tokens nearest to it."""
+def log_nearest_plan(audio: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Logs of the plan [n, m] in which every audio token goes to the image tokens nearest to it."""
     cost = torch.from_numpy(squared_distances(audio, image))
-    return ((-cost / (BLUR * cost.mean())).softmax(1) / len(audio)).numpy()
+    return (-cost / (BLUR * cost.mean())).log_softmax(1) - math.log(len(audio))
+
+
+def log_received(audio: torch.Tensor, image: torch.Tensor) -> np.ndarray:
+    """Logs of what each image token gets [m] if every audio token goes to the image tokens nearest to it."""
+    return log_nearest_plan(audio, image).logsumexp(0).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +175,7 @@ def heat(weights: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def over_picture(picture: Image.Image, weights: np.ndarray) -> Image.Image:
-    """The picture, bright where the weights are large and dark where they are small."""
+    """The picture, bright where the weights [rows, columns] are large and dark where they are small."""
     picture = picture.convert("RGB").resize((PANEL, PANEL))
     scaled = (weights - weights.min()) / (np.ptp(weights) or 1)
     mask = Image.fromarray((55 + 200 * scaled).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
@@ -174,7 +189,7 @@ def spectrogram(features: np.ndarray, size: tuple[int, int] = (PANEL, PANEL)) ->
 
 def draw(picture: Image.Image, features: np.ndarray, explanation: Explanation) -> Image.Image:
     """
-    One picture that tells it all: the frame, where the sound is in it, the spectrogram, and what of it was weighed.
+    One picture that tells it all: the frame, where the sound is in it, its weights, the spectrogram and its weights.
 
     Args:
         picture: The frame.
@@ -183,7 +198,8 @@ def draw(picture: Image.Image, features: np.ndarray, explanation: Explanation) -
     """
     panels = [
         ("frame", picture.convert("RGB").resize((PANEL, PANEL))),
-        ("where the sound is", over_picture(picture, explanation.image_weights)),
+        ("where the sound is", over_picture(picture, explanation.where)),
+        ("weights of the picture", over_picture(picture, explanation.image_weights)),
         ("spectrogram", spectrogram(features)),
         ("weights of the sound", heat(explanation.audio_weights[::-1], (PANEL, PANEL))),
     ]

@@ -457,27 +457,38 @@ class Demo:
         with torch.no_grad():
             return list(captions.values()), model(**inputs).logits
 
-    def attention_to_sounding_things(self, folder: str, learned: bool = True) -> float | None:
+    def where_the_sound_is(self, folder: str) -> dict[str, dict[str, float | None]]:
         """
-        Area under the ROC curve of the weights of image tokens, on sounding things against silent ones.
+        How sounding things stand out in pictures that show a silent thing too.
 
-        The weights are those of the scorers, or unless `learned` what nearest audio tokens bring.
-
-        Over the tokens (see [`weights_by_kind`]), each relative to the mean of its picture, of pictures that have both
-        kinds; None where no picture has.
+        Returns:
+            For learned weights, weights by nearest tokens (both relative to the mean of their picture), and what the
+            sound brings beyond silence: the areas under the ROC curve of tokens on sounding things against those on
+            `silent` ones and against the `background` (see [`values_by_kind`]), and how often the `strongest` token of
+            a picture is on a sounding thing. None where no picture tells.
         """
         model, processor = self.model(folder)
-        scorers = find_scorers(self.output / folder) if learned else None
-        weights: dict[bool, list[float]] = {True: [], False: []}
+        rate, scorers = processor.feature_extractor.sampling_rate, find_scorers(self.output / folder)
+        found: dict[str, dict[str, list]] = {}
         for row in without_decoding(self.rows("test")):
             if {thing["sounds"] for thing in row["things"]} != {True, False}:
                 continue
-            rate = processor.feature_extractor.sampling_rate
             samples, picture = read_audio(row["audio"], rate), read_image(row["image"])
-            found = explain(model, processor, samples, picture, scorers).image_weights
-            for sounds, values in weights_by_kind(found / found.mean(), row["things"]).items():
-                weights[sounds] += values
-        return area_under_roc(weights[True], weights[False]) if weights[True] and weights[False] else None
+            learned, nearest = (explain(model, processor, samples, picture, used) for used in (scorers, None))
+            maps = {"nearest": nearest.image_weights / nearest.image_weights.mean(), "beyond silence": nearest.where}
+            if scorers is not None:
+                maps["learned"] = learned.image_weights / learned.image_weights.mean()
+            for name, values in maps.items():
+                kinds = found.setdefault(name, {"sounding": [], "silent": [], "background": [], "strongest": []})
+                here = values_by_kind(values, row["things"])
+                for kind, those in here.items():
+                    kinds[kind] += those
+                kinds["strongest"].append(values.max() in here["sounding"])
+        return {
+            name: {kind: area_under_roc(kinds["sounding"], kinds[kind]) for kind in ("silent", "background")}
+            | {"strongest": float(np.mean(kinds["strongest"]))}
+            for name, kinds in found.items()
+        }
 
     def evaluation(self) -> None:
         """Scores of all stages, and what must hold."""
@@ -499,11 +510,9 @@ class Demo:
                 self.progress.done((number + 1) / len(jobs))
         before, after = self.image_captions("untrained"), self.image_captions("model")
         same = before[0] == after[0] and torch.equal(before[1], after[1])
-        areas = {
-            kind: self.attention_to_sounding_things("model", kind == "learned") for kind in ("learned", "nearest")
-        }
-        results = {"variants": variants, "must_hold": must_hold(variants, same, areas["learned"])}
-        results["area under ROC of image token weights"] = areas
+        where = self.where_the_sound_is("model")
+        area = where.get("learned", {}).get("silent")
+        results = {"variants": variants, "must_hold": must_hold(variants, same, area), "where the sound is": where}
         (self.output / "evaluation" / "results.json").write_text(json.dumps(results, indent=1))
 
     def report(self) -> None:
@@ -583,28 +592,32 @@ def must_hold(variants: dict[str, dict], image_captions_same: bool, area: float 
     ]
 
 
-def weights_by_kind(weights: np.ndarray, things: list[dict]) -> dict[bool, list[float]]:
+def values_by_kind(values: np.ndarray, things: list[dict]) -> dict[str, list[float]]:
     """
-    Weights of the image tokens on things that sound, and of those on silent ones.
+    Values of the image tokens on things that sound, of those on silent ones, and of the others.
 
     Args:
-        weights: [rows, columns] of the tokens of a picture.
+        values: [rows, columns] of the tokens of a picture.
         things: With `mask`, a grey picture of where the thing is, and `sounds`.
 
     Returns:
-        Weights of the tokens of whose patch one kind of things covers at least half, by whether that kind sounds.
+        `sounding` and `silent`: values of the tokens of whose patch that kind of things, and not the other too, covers
+        at least half. `background`: of those of which neither does.
     """
-    rows, columns = weights.shape
-    covered = {kind: np.zeros(weights.shape) for kind in (True, False)}
+    rows, columns = values.shape
+    covered = {sounds: np.zeros(values.shape) for sounds in (True, False)}
     for thing in things:
         mask = read_image(thing["mask"]).getchannel(0).resize((columns, rows), Image.Resampling.BOX)
         covered[thing["sounds"]] += np.asarray(mask) / 255
-    on = {kind: share >= 0.5 for kind, share in covered.items()}
-    return {kind: weights[on[kind] & ~on[not kind]].tolist() for kind in (True, False)}
+    sounding, silent = covered[True] >= 0.5, covered[False] >= 0.5
+    kinds = {"sounding": sounding & ~silent, "silent": silent & ~sounding, "background": ~sounding & ~silent}
+    return {kind: values[on].tolist() for kind, on in kinds.items()}
 
 
-def area_under_roc(positive: list[float], negative: list[float]) -> float:
-    """Probability that a positive value is larger than a negative one; ties count half."""
+def area_under_roc(positive: list[float], negative: list[float]) -> float | None:
+    """Probability that a positive value is larger than a negative one; ties count half. None if there are none."""
+    if not positive or not negative:
+        return None
     ordered = np.sort(negative)
     below, upto = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
     return float((below + upto).mean() / 2 / len(negative))

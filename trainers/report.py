@@ -68,6 +68,7 @@ def write_report(
         must_hold=results["must_hold"],
         clips=clips,
         learned=scorers is not None,
+        where=results["where the sound is"],
         variants=results["variants"],
         columns=COLUMNS,
         curves=loss_curves(output),
@@ -110,7 +111,8 @@ def clip_card(row: dict, model, processor, scorers, captions: Mapping[str, Mappi
     most = found.plan.max()
     return {
         "picture": _png(picture),
-        "where": _png(over_picture(picture, found.image_weights).resize((192, 192))),
+        "where": _png(over_picture(picture, found.where).resize((192, 192))),
+        "weights": _png(over_picture(picture, found.image_weights).resize((192, 192))),
         "spectrogram": _png(spectrogram(features, (256, 256))),
         "sound": _data("audio/wav", row["audio"]["bytes"]),
         "seconds": round(len(samples) / extractor.sampling_rate, 2),

@@ -10,7 +10,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from modeling_dali import cli
-from modeling_dali.explain import Scorers, explain, find_scorers, heat, nearest_plan, over_picture, squared_distances
+from modeling_dali.explain import (
+    Scorers,
+    explain,
+    find_scorers,
+    heat,
+    log_nearest_plan,
+    log_received,
+    over_picture,
+    squared_distances,
+)
 from tests.tiny import tiny_dali
 from tests.trainers.stages import clips, settings
 from trainers.alignment import AlignmentConfig, AlignmentTrainer
@@ -58,7 +67,7 @@ def test_without_scorers_tokens_go_where_they_are_near(tmp_path):
     assert find_scorers(tmp_path) is None
     image = torch.eye(6)[:4] * 5
     audio = image[[2, 2, 1]] + 0.01
-    plan = nearest_plan(audio, image)
+    plan = log_nearest_plan(audio, image).exp()
     np.testing.assert_allclose(plan.sum(1), 1 / 3)
     np.testing.assert_allclose(plan.sum(0), [0, 1 / 3, 2 / 3, 0], atol=1e-3)
     np.testing.assert_allclose(squared_distances(audio, image)[0, 0], 50, rtol=0.01)
@@ -66,6 +75,28 @@ def test_without_scorers_tokens_go_where_they_are_near(tmp_path):
     found = explain(model, processor, SOUND, PICTURE)
     assert not found.learned
     np.testing.assert_allclose(found.image_weights.ravel(), found.plan.sum(0))
+
+
+def test_the_sound_is_where_it_brings_more_than_silence():
+    """Two thirds of the audio tokens are at home on token 0, the background; what is heard is token 2."""
+    image = torch.eye(6)[:4] * 5
+    silence = image[[0, 0, 0]] + 0.01
+    sound = image[[0, 0, 2]] + 0.01
+    assert log_received(sound, image).argmax() == 0
+    where = log_received(sound, image) - log_received(silence, image)
+    assert where.argmax() == 2 and where[0] < 0
+    plans = [log_nearest_plan(tokens, image).exp().sum(0) for tokens in (sound, silence)]
+    np.testing.assert_allclose(np.exp(where), plans[0] / plans[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_silence_is_nowhere(tmp_path, learned):
+    model, processor = tiny_dali()
+    save_scorers(tmp_path / "scorer.safetensors", 2)
+    scorers = find_scorers(tmp_path) if learned else None
+    found = explain(model, processor, np.zeros_like(SOUND), PICTURE, scorers)
+    assert found.where.shape == (4, 4) and not found.where.any()
+    assert explain(model, processor, SOUND, PICTURE, scorers).where.any()
 
 
 def test_heat_is_bright_where_weights_are_large():

@@ -18,7 +18,7 @@ from trainers import ablation
 from trainers import demo as demo_module
 from trainers.ablation import AblationConfig
 from trainers.alignment import AlignmentConfig
-from trainers.demo import RECIPES, Demo, DemoConfig, area_under_roc, must_hold, run, weights_by_kind
+from trainers.demo import RECIPES, Demo, DemoConfig, area_under_roc, must_hold, run, values_by_kind
 
 QUICK = {"use_cpu": True, "max_steps": 3, "save_steps": 1, "logging_steps": 1}
 TINY = {
@@ -287,6 +287,7 @@ def test_area_under_roc_is_the_share_of_pairs_in_order():
     positive, negative = rng.integers(0, 9, 40).tolist(), rng.integers(0, 7, 30).tolist()
     pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
     assert area_under_roc(positive, negative) == pytest.approx(np.mean(pairs))
+    assert area_under_roc(positive, []) is None
 
 
 def test_tokens_belong_to_the_things_that_cover_half_of_their_patch():
@@ -298,8 +299,8 @@ def test_tokens_belong_to_the_things_that_cover_half_of_their_patch():
 
     weights = np.arange(16.0).reshape(4, 4)  # patches of 10 pixels
     things = [thing(True, (0, 0, 16, 14)), thing(True, (0, 14, 10, 16)), thing(False, (14, 0, 40, 4), (30, 0, 40, 20))]
-    found = weights_by_kind(weights, things)
+    found = values_by_kind(weights, things)
     # Of patch 4, two things that sound cover 40 % and 20 %; of patch 1, one that sounds 60 % and a silent one 24 %.
-    assert found[True] == [0, 1, 4] and found[False] == [3, 7]
+    assert found == {"sounding": [0, 1, 4], "silent": [3, 7], "background": [2, 5, 6, *range(8, 16)]}
     both = [thing(True, (0, 0, 10, 6)), thing(False, (0, 3, 10, 10))]
-    assert weights_by_kind(weights, both) == {True: [], False: []}
+    assert values_by_kind(weights, both) == {"sounding": [], "silent": [], "background": list(range(1, 16))}
