@@ -4,10 +4,10 @@ Where in a picture the sound is, weights of the picture's tokens, and the plan t
 Where the sound is, an image token has more audio tokens near it than it would have if there were silence. Weights
 alone do not tell: most audio tokens are at home on the background, as silence's are.
 
-With the scorers of attentive optimal transport (`scorer.safetensors` beside the model) these are the learned weights
-and the optimal plan between them. Without, each audio token goes to the image tokens it lies nearest to, however many
-others do so too (optimal transport with only the audio side held to its marginal, and an entropic blur), and an image
-token weighs what it gets.
+With the scorers of attentive optimal transport (`scorer.safetensors` beside the model) the weights are learned ones
+and the plan is the optimal one between them. Without, each audio token goes to the image tokens it lies nearest to,
+however many others do so too (optimal transport with only the audio side held to its marginal, and an entropic blur),
+and an image token weighs what it gets.
 """
 
 import math
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch.nn import functional as F
 
-BLUR = 0.05  # of the transport without scorers, in mean costs
+BLUR = 0.05  # of the transport to nearest tokens, in mean costs
 DARK, HOT = np.array([12, 16, 40]), np.array([255, 214, 60])  # colours of no weight and of the largest
 PANEL = 384  # pixels a side
 
