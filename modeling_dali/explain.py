@@ -134,14 +134,15 @@ def explain(model, processor, samples, picture: Image.Image, scorers: Scorers | 
     side = round(len(image) ** 0.5)
     if side * side != len(image):
         raise ValueError(f"{len(image)} image tokens are no square of patches: there is no place to draw them at.")
+    nearest = log_nearest_plan(audio, image)
+    where = (nearest.logsumexp(0) - log_nearest_plan(silence, image).logsumexp(0)).clamp(min=0).numpy()
     if scorers is None:
-        plan = log_nearest_plan(audio, image).exp().numpy()
+        plan = nearest.exp().numpy()
         alpha, beta = plan.sum(1), plan.sum(0)
     else:
         alpha, beta = (weights.double().numpy() for weights in scorers(audio, image))
         plan = ot.emd(alpha / alpha.sum(), beta / beta.sum(), squared_distances(audio, image))
     grid = processor.audio_grid or [1, len(audio)]
-    where = np.maximum(log_received(audio, image) - log_received(silence, image), 0)
     square = (side, side)
     return Explanation(where.reshape(square), beta.reshape(square), alpha.reshape(grid), plan, scorers is not None)
 
@@ -155,11 +156,6 @@ def log_nearest_plan(audio: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Logs of the plan [n, m] in which every audio token goes to the image tokens nearest to it."""
     cost = torch.from_numpy(squared_distances(audio, image))
     return (-cost / (BLUR * cost.mean())).log_softmax(1) - math.log(len(audio))
-
-
-def log_received(audio: torch.Tensor, image: torch.Tensor) -> np.ndarray:
-    """Logs of what each image token gets [m] if every audio token goes to the image tokens nearest to it."""
-    return log_nearest_plan(audio, image).logsumexp(0).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -469,15 +469,15 @@ class Demo:
         """
         model, processor = self.model(folder)
         rate, scorers = processor.feature_extractor.sampling_rate, find_scorers(self.output / folder)
+        ways = {"nearest": None} if scorers is None else {"nearest": None, "learned": scorers}
         found: dict[str, dict[str, list]] = {}
         for row in without_decoding(self.rows("test")):
             if {thing["sounds"] for thing in row["things"]} != {True, False}:
                 continue
             samples, picture = read_audio(row["audio"], rate), read_image(row["image"])
-            learned, nearest = (explain(model, processor, samples, picture, used) for used in (scorers, None))
-            maps = {"nearest": nearest.image_weights / nearest.image_weights.mean(), "beyond silence": nearest.where}
-            if scorers is not None:
-                maps["learned"] = learned.image_weights / learned.image_weights.mean()
+            explained = {name: explain(model, processor, samples, picture, way) for name, way in ways.items()}
+            maps = {name: each.image_weights / each.image_weights.mean() for name, each in explained.items()}
+            maps["beyond silence"] = explained["nearest"].where
             for name, values in maps.items():
                 kinds = found.setdefault(name, {"sounding": [], "silent": [], "background": [], "strongest": []})
                 here = values_by_kind(values, row["things"])

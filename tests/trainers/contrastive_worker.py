@@ -1,6 +1,5 @@
 """Run by `test_contrastive.py` in two processes: writes loss and gradients of one step."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -56,9 +55,8 @@ def step(folder: Path, dropout: float = 0.0, **settings) -> dict:
     return {"loss": loss, "grads": grads, "processes": processes}
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def steps(folder: Path, report) -> None:
+    """Writes one step with each of the settings; see [`~trainers.processes.run_in_processes`]."""
     results = {name: step(folder, **settings) for name, settings in SETTINGS.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
-    torch.distributed.destroy_process_group()

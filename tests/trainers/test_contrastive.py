@@ -1,8 +1,4 @@
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +8,9 @@ import torch.nn.functional as F
 
 from modeling_vipant import VipAntModel
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, tiny_tokenizer, tiny_vipant
-from tests.trainers.contrastive_worker import SETTINGS, batch, model64, step
+from tests.trainers.contrastive_worker import SETTINGS, batch, model64, step, steps
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
+from trainers.processes import run_in_processes
 from trainers.recipes import parse_recipe
 from trainers.tagging import TaggingConfig
 
@@ -82,27 +79,7 @@ def test_cached_gradients_repeat_dropout(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.trainers.contrastive_worker", str(tmp_path)]
-    workers = [
-        subprocess.Popen(
-            command,
-            cwd=REPO,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors.decode()
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_in_processes(steps, (tmp_path,), 2, print)
     two = torch.load(tmp_path / "results.pt")
     for name, settings in SETTINGS.items():
         assert two[name]["processes"] == 2
