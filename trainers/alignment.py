@@ -34,6 +34,7 @@ from trainers.losses import (
     optimal_transport,
 )
 from trainers.model_card import command_line
+from trainers.processes import leave_group
 from trainers.recipes import load_model, load_rows, parse_recipe
 from trainers.stage import StageTrainer
 
@@ -454,3 +455,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()

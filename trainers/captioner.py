@@ -39,6 +39,7 @@ from transformers import (
 from modeling_dali.processing_dali import CHAT_TEMPLATE, IGNORED, QUESTION
 from trainers.data_collator import SkippedSamples, UnreadableSampleError, pick, read_image, sample_rng
 from trainers.model_card import command_line
+from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
 from trainers.stage import StageTrainer
 
@@ -364,3 +365,4 @@ def texts_of(rows) -> list[str]:
 
 if __name__ == "__main__":
     main()
+    leave_group()

@@ -32,6 +32,7 @@ from trainers.lars import LARS, lars_groups
 from trainers.losses.barlow_twins import barlow_twins
 from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
+from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
@@ -381,3 +382,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()

@@ -22,6 +22,7 @@ from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.processing_dali import QUESTION
 from trainers.data_collator import DaliDataCollator
 from trainers.model_card import command_line
+from trainers.processes import leave_group
 from trainers.recipes import load_model, load_rows, parse_recipe
 from trainers.stage import StageTrainer
 
@@ -122,3 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()

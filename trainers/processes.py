@@ -42,6 +42,18 @@ def run_in_processes(function: Callable, arguments: tuple, processes: int, on_re
             on_report(*reports.get())
 
 
+def leave_group() -> None:
+    """
+    Ends this process's part in its group, if it is in one: what a training program does last.
+
+    A model shared by the group holds it, in a cycle; a group that outlives this aborts the process at its end now and
+    then. So models are collected first: call this where nothing refers to a trainer any more.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
 def _enter(rank: int, function: Callable, arguments: tuple, processes: int, port: int, reports) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -55,6 +67,4 @@ def _enter(rank: int, function: Callable, arguments: tuple, processes: int, port
     try:
         function(*arguments, report)
     finally:
-        gc.collect()  # a model shared by the group holds it, in a cycle; a group that outlives this aborts the process
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_group()

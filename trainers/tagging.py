@@ -18,6 +18,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from modeling_vipant import VipAntForAudioClassification, VipAntProcessor
 from trainers.clip_data import ClipDataset
 from trainers.metrics.classification import classification_metrics
+from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
 
 
@@ -250,3 +251,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()

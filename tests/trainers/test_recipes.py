@@ -1,6 +1,9 @@
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from modeling_dali import DaliForConditionalGeneration
@@ -8,6 +11,7 @@ from tests.trainers.stages import ROOT, run_command, save_llava, save_world
 from trainers.alignment import AlignmentConfig
 from trainers.distillation import DistillationConfig
 from trainers.prefix_tuning import PrefixTuningConfig
+from trainers.processes import run_in_processes
 from trainers.pseudo_captions import PseudoCaptionConfig
 from trainers.recipes import load_model, load_rows, parse_recipe
 
@@ -72,6 +76,21 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     config.write_text(config.read_text().replace('"intermediate_size": 80', '"intermediate_size": 96'))
     with pytest.raises(ValueError, match=r"another shape: .*audio_tower\.layers\.0\.fc1"):
         load_model(world["model"])
+
+
+def as_command(module: str, arguments: list[str], report) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+    report(torch.distributed.is_initialized())
+
+
+def test_a_command_leaves_its_group(tmp_path):
+    """Else its processes abort at their end now and then, with everything saved."""
+    world, left = save_world(tmp_path), []
+    options = {"output_dir": str(tmp_path / "prefix"), "report_to": "none", "use_cpu": "true", "max_steps": "1"}
+    arguments = [part for name, value in (world | options).items() for part in (f"--{name}", value)]
+    run_in_processes(as_command, ("trainers.prefix_tuning", arguments), 2, left.append)
+    assert left == [False] and (tmp_path / "prefix" / "adapter_model.safetensors").exists()
 
 
 def test_all_stages_by_their_commands(tmp_path):
