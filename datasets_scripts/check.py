@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from datasets_scripts.builders.tables import MEDIA_EXTENSIONS, is_prepared
 from datasets_scripts.shards import Folder, open_shards, read_manifest
-from datasets_scripts.tables import MEDIA_EXTENSIONS, is_prepared
 
 TABLES = {
     "audioset": "{}_segments.csv",
@@ -88,7 +88,7 @@ def check(name: str, folder: str | Path, media: str | Path | None = None) -> lis
         return [_check_shards(folder)]
     if name not in TABLES:
         raise ValueError(f"{name!r} has no official list; known are shards, {', '.join(TABLES)}")
-    module = import_module(f"datasets_scripts.{name}")
+    module = import_module(f"datasets_scripts.builders.{name}")
     media = media or folder
     held = set(open_shards(media)["id"]) if is_prepared(media) else None
     reports = []

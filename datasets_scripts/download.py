@@ -24,8 +24,8 @@ from typing import Any
 import av
 from tqdm.auto import tqdm
 
+from datasets_scripts.builders.tables import read_table, text, wrong
 from datasets_scripts.clips import Segment, check_youtube_id, clip_id, parse_seconds, parse_segment, segment_lines
-from datasets_scripts.tables import read_table, text, wrong
 
 NETWORK = {
     "protocol_whitelist": "http,https,tls,tcp,crypto,httpproxy",

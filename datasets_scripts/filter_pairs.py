@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from datasets_scripts.audioset import label_names
+from datasets_scripts.builders.audioset import label_names
 from datasets_scripts.shards import Folder, commit_shard, finish, read_manifest, shard_name
 from datasets_scripts.workers import Engine, run_tasks
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets_scripts.audiotxt import audiotxt
+from datasets_scripts.builders.audiotxt import audiotxt
 from tests.tiny_vipant import tiny_clip, tiny_processor
 from trainers import curate_captions
 from trainers.curate_captions import Encoder, curate, main, read_captions, top_captions

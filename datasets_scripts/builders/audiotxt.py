@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 
+from datasets_scripts.builders.tables import AUDIO, MEDIA_EXTENSIONS, TEXTS, Card, assemble, is_prepared, wrong
 from datasets_scripts.shards import open_shards
-from datasets_scripts.tables import AUDIO, MEDIA_EXTENSIONS, TEXTS, Card, assemble, is_prepared, wrong
 
 CARD = Card(
     name="audiotxt",

@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets_scripts.audiocaps import audiocaps
-from datasets_scripts.audioset import audioset, balanced_weights, label_names
-from datasets_scripts.audiotxt import audiotxt
-from datasets_scripts.av_folder import av_folder
+from datasets_scripts.builders.audiocaps import audiocaps
+from datasets_scripts.builders.audioset import audioset, balanced_weights, label_names
+from datasets_scripts.builders.audiotxt import audiotxt
+from datasets_scripts.builders.av_folder import av_folder
+from datasets_scripts.builders.clotho import clotho
+from datasets_scripts.builders.esc50 import esc50
+from datasets_scripts.builders.tables import save_ids
+from datasets_scripts.builders.urbansound8k import urbansound8k
+from datasets_scripts.builders.vggsound import vggsound
 from datasets_scripts.check import check
 from datasets_scripts.check import main as check_main
-from datasets_scripts.clotho import clotho
-from datasets_scripts.esc50 import esc50
 from datasets_scripts.prepare import main as prepare_main
-from datasets_scripts.tables import save_ids
-from datasets_scripts.urbansound8k import urbansound8k
-from datasets_scripts.vggsound import vggsound
 from tests.datasets_scripts.videos import make_video
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from datasets_scripts.tables import AUDIO, TEXTS, Card, assemble, existing, file_name, read_table, text, wrong
+from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, existing, file_name, read_table, text, wrong
 
 CARD = Card(
     name="esc50",

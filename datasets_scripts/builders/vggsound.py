@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 
+from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, find_segment, read_table, text
 from datasets_scripts.clips import check_youtube_id, clip_id, parse_seconds
-from datasets_scripts.tables import AUDIO, TEXTS, Card, assemble, find_segment, read_table, text
 
 CARD = Card(
     name="vggsound",

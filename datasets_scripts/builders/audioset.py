@@ -13,8 +13,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, find_segment, read_table, text, wrong
 from datasets_scripts.clips import clip_id, parse_segment, segment_lines
-from datasets_scripts.tables import AUDIO, TEXTS, Card, assemble, find_segment, read_table, text, wrong
 
 CARD = Card(
     name="audioset",

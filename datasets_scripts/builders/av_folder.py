@@ -11,9 +11,9 @@ from typing import Any
 
 import datasets
 
+from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, is_prepared, read_table, text, wrong
 from datasets_scripts.clips import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS
 from datasets_scripts.shards import open_shards
-from datasets_scripts.tables import AUDIO, TEXTS, Card, assemble, is_prepared, read_table, text, wrong
 
 CARD = Card(
     name="av_folder",

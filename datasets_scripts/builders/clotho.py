@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from datasets_scripts.tables import AUDIO, TEXTS, Card, assemble, existing, file_name, read_table, text
+from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, existing, file_name, read_table, text
 
 CARD = Card(
     name="clotho",
