@@ -7,12 +7,46 @@ with `weights_only=True`: no code in them is run.
 
 import os
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 PROJECTOR_KEYS = {"0": "linear_1", "2": "linear_2"}
+
+# Our name for a part of the scorers: the authors' one. They name a scorer by the tokens that it reads keys and values
+# from, this project by the tokens that it weighs.
+SCORER_PARTS = {name: name for name in ("a_q", "a_k", "a_v", "i_q", "i_k", "i_v")}
+SCORER_PARTS |= {"audio_scorer": "image_scorer", "image_scorer": "audio_scorer"}
+
+# What a file is, told by a part of one of its names; the first that fits.
+KINDS = {
+    "lora_": "a LoRA adapter of LLaVA (from the side scripts): merge it into LLaVA and give the result as --llava",
+    "base_model.": "what was trained beside a LoRA adapter (from the side scripts): useless without it",
+    "patch_embed_a.": "an audio backbone (--audio-backbone)",
+    "projector.": "a projector (--projector)",
+    "audio_tower.prefix": "a soft prefix (--prefix)",
+    "audio_encoder.": "CLAP's audio encoder, with which the side scripts began, not CAV-MAE's",
+}
+
+
+class AudioBackbone(NamedTuple):
+    """
+    What `audio_backbone.pth` holds.
+
+    Attributes:
+        encoder: State of the audio encoder.
+        projection: State of the projection; None where the file has none (CAV-MAE).
+        scorers: Tensors of the scorers of attentive transport, by the names of this project; empty where there are
+            none.
+        unneeded: What else the file holds, counted by group.
+    """
+
+    encoder: dict[str, torch.Tensor]
+    projection: dict[str, torch.Tensor] | None
+    scorers: dict[str, torch.Tensor]
+    unneeded: Counter
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -83,7 +117,9 @@ def pick(tensors: dict[str, torch.Tensor], names: dict[str, str], shapes: dict[s
         elif tensors[theirs].shape != shapes[ours]:
             problems.append(f"{theirs} has the shape {list(tensors[theirs].shape)}, not {list(shapes[ours])}")
     if problems:
-        raise ValueError(f"{path} does not fit: " + "; ".join(problems) + ".")
+        kind = next((kind for part, kind in KINDS.items() if any(part in name for name in tensors)), None)
+        held = f"{path} does not fit" + (f" (it holds {kind})" if kind else "")
+        raise ValueError(f"{held}: " + "; ".join(problems) + ".")
     return {ours: tensors.pop(theirs) for ours, theirs in names.items()}
 
 
@@ -93,18 +129,14 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def read_audio_backbone(
-    path: str | os.PathLike, audio_tower: PreTrainedModel, audio_projection: nn.Module
-) -> tuple[dict, dict | None, Counter]:
+    path: str | os.PathLike, audio_tower: PreTrainedModel, audio_projection: nn.Linear
+) -> AudioBackbone:
     """
     Reads a DALI or CAV-MAE checkpoint.
 
     Args:
         path: `audio_backbone.pth` or a public CAV-MAE checkpoint.
         audio_tower, audio_projection: Modules that the tensors must fit.
-
-    Returns:
-        The state of the audio encoder; that of the projection, or None where the file has none; and what was not
-        needed, counted by group.
 
     Raises:
         ValueError: if a tensor is missing or has another shape.
@@ -116,14 +148,37 @@ def read_audio_backbone(
     if "proj.weight" in tensors or "proj.bias" in tensors:
         names = {"weight": "proj.weight", "bias": "proj.bias"}
         projection = pick(tensors, names, shapes_of(audio_projection), path)
-    return encoder, projection, group(tensors)
+    scorers = read_scorers(tensors, audio_projection.out_features, path)
+    return AudioBackbone(encoder, projection, scorers, group(tensors))
+
+
+def read_scorers(tensors: dict[str, torch.Tensor], width: int, path) -> dict[str, torch.Tensor]:
+    """Takes the scorers of tokens of one width out of `tensors`, by our names; none if there are none."""
+    if not any(name.split(".")[0] in SCORER_PARTS for name in tensors):
+        return {}
+    names, shapes = {}, {}
+    for ours, theirs in SCORER_PARTS.items():
+        sizes = {"weight": (width, width), "bias": (width,)}
+        if ours.endswith("scorer"):
+            sizes = {f"out_proj.{kind}": size for kind, size in sizes.items()}
+            sizes |= {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}
+        for kind, size in sizes.items():
+            names[f"{ours}.{kind}"] = f"{theirs}.{kind}"
+            shapes[f"{ours}.{kind}"] = torch.Size(size)
+    return pick(tensors, names, shapes, path)
 
 
 def read_projector(path: str | os.PathLike, projector: nn.Module) -> tuple[dict, Counter]:
-    """Reads the audio copy of the projector (`prefixMLP.bin`); raises ValueError as `read_audio_backbone` does."""
+    """
+    Reads the audio copy of the projector.
+
+    `prefixMLP.bin` has LLaVA's name for it, `audio_projector.bin` of the side scripts its own. Raises ValueError as
+    `read_audio_backbone` does.
+    """
     tensors = read_tensors(path)
+    own = any(name.startswith("model.audio_projector.") for name in tensors)
     names = {
-        f"{ours}.{kind}": f"model.mm_projector.{index}.{kind}"
+        f"{ours}.{kind}": f"model.{'audio' if own else 'mm'}_projector.{index}.{kind}"
         for index, ours in PROJECTOR_KEYS.items()
         for kind in ("weight", "bias")
     }

@@ -4,7 +4,8 @@ Converts the authors' released files to a DALI folder that transformers loads.
     python -m modeling_dali.convert_original --llava DIR_OR_ID --audio-backbone audio_backbone.pth \
         [--projector prefixMLP.bin] [--prefix prefix.bin] --output DIR
 
-A public CAV-MAE checkpoint (without `proj`) serves as audio backbone too: it is the start of stage 1b.
+A public CAV-MAE checkpoint (without `proj`) serves as audio backbone too: it is the start of stage 1b. Scorers of
+attentive transport in the backbone are written beside the model, where `dali explain` uses them.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections import Counter
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from .checkpoint_dali import read_prefix, read_projector
+from .explain import save_scorers
 from .feature_extraction_dali import DaliFeatureExtractor
 from .modeling_dali import DaliForConditionalGeneration
 from .processing_dali import DaliProcessor
@@ -21,7 +23,7 @@ from .processing_dali import DaliProcessor
 
 def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
     """
-    Writes a DALI folder: model, processor, code and card.
+    Writes a DALI folder: model, processor, code and card, and the scorers of attentive transport if there are any.
 
     Args:
         llava: LLaVA checkpoint, folder or Hub id.
@@ -33,7 +35,8 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(llava)
     model = DaliForConditionalGeneration.from_llava(llava, tokenizer=tokenizer)
-    report(audio_backbone, model.load_audio_encoder(audio_backbone))
+    backbone = model.load_audio_encoder(audio_backbone)
+    report(audio_backbone, backbone.unneeded)
     if projector is not None:
         state, unneeded = read_projector(projector, model.model.audio_projector)
         model.model.audio_projector.load_state_dict(state)
@@ -47,6 +50,8 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
     )
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    if backbone.scorers:
+        save_scorers(output, backbone.scorers)
 
 
 def report(path, unneeded: Counter) -> None:
@@ -61,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--llava", required=True, help="LLaVA checkpoint in transformers' format: folder or Hub id")
     parser.add_argument("--audio-backbone", required=True, help="audio_backbone.pth, or a CAV-MAE checkpoint")
-    parser.add_argument("--projector", help="prefixMLP.bin: the audio copy of the projector")
+    parser.add_argument("--projector", help="prefixMLP.bin or audio_projector.bin: the audio projector")
     parser.add_argument("--prefix", help="prefix.bin: the soft prefix")
     parser.add_argument("--output", required=True, help="folder to write")
     given = parser.parse_args(arguments)

@@ -20,6 +20,7 @@ import ot
 import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 BLUR = 0.05  # of the transport to nearest tokens, in mean costs
@@ -101,6 +102,26 @@ class Scorers:
             attended = F.scaled_dot_product_attention(query, key, value)
         scores = (attended.flatten(0, -2).mean(-1) / self.temperature).softmax(0)
         return torch.lerp(scores, torch.full_like(scores, 1 / len(scores)), self.uniform_mix)
+
+
+def save_scorers(
+    folder: str | os.PathLike,
+    weights: dict[str, torch.Tensor],
+    heads: int | None = 8,
+    temperature: float = 20.0,
+    uniform_mix: float = 0.5,
+) -> None:
+    """
+    Writes `scorer.safetensors` into a model's folder, where `find_scorers` finds it.
+
+    Args:
+        folder: The model's folder.
+        weights: Tensors by their names in `TransportScorer`.
+        heads, temperature, uniform_mix: What weights do not tell; see `TransportScorer`.
+    """
+    metadata = {"heads": str(heads), "temperature": str(temperature), "uniform_mix": str(uniform_mix)}
+    tensors = {f"scorer.{name}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, Path(folder) / "scorer.safetensors", metadata=metadata)
 
 
 def find_scorers(model: str | os.PathLike) -> Scorers | None:

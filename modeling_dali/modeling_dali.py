@@ -19,7 +19,6 @@ Alignment*, NeurIPS 2024, arXiv 2410.05997.
 import copy
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -44,7 +43,7 @@ from transformers.utils import TransformersKwargs, is_peft_available
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint_dali import read_audio_backbone
+from .checkpoint_dali import AudioBackbone, read_audio_backbone
 from .configuration_dali import DaliAudioConfig, DaliConfig, PrefixPosition, audio_width
 from .model_card_dali import model_card
 
@@ -53,6 +52,8 @@ if is_peft_available():
 
 # What language models call their cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+PREFIX_STD = 1e-4  # of new soft prefix tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class DaliModel(LlavaModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, DaliModel) and module.prefix is not None:
-            init.normal_(module.prefix, std=1e-2)  # variance 1e-4, as in the released code
+            init.normal_(module.prefix, std=PREFIX_STD)
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -633,21 +634,21 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
             model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
 
-    def load_audio_encoder(self, path: str | os.PathLike) -> Counter:
+    def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
         """
         Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this model.
 
         Returns:
-            How many of the file's tensors were not needed, by group.
+            What the file holds: also the scorers of attentive transport, which are no part of the model.
 
         Raises:
             ValueError: lists every tensor that the file lacks or has in another shape.
         """
-        encoder, projection, unneeded = read_audio_backbone(path, self.model.audio_tower, self.model.audio_projection)
-        self.model.audio_tower.load_state_dict(encoder)
-        if projection is not None:
-            self.model.audio_projection.load_state_dict(projection)
-        return unneeded
+        backbone = read_audio_backbone(path, self.model.audio_tower, self.model.audio_projection)
+        self.model.audio_tower.load_state_dict(backbone.encoder)
+        if backbone.projection is not None:
+            self.model.audio_projection.load_state_dict(backbone.projection)
+        return backbone
 
     def add_media_tokens(self, tokenizer) -> None:
         """
@@ -674,13 +675,13 @@ class DaliForConditionalGeneration(LlavaForConditionalGeneration):
 
     def add_prefix(self, length: int = 16, position: PrefixPosition = "after_media") -> None:
         """
-        Gives the model new soft prefix tokens, N(0, 1e-4).
+        Gives the model new soft prefix tokens, normal with standard deviation 1e-4.
 
         Args:
             length: Number of soft tokens.
             position: `"after_media"` or `"front"` (see [`DaliConfig`]).
         """
-        self.set_prefix(torch.randn(length, self.config.text_config.hidden_size) * 1e-2, position)
+        self.set_prefix(torch.randn(length, self.config.text_config.hidden_size) * PREFIX_STD, position)
 
     def remove_prefix(self) -> None:
         """Takes the soft prefix tokens off; prompts without `<prefix>` give what they gave before."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.explain import save_scorers
 from trainers import image_token_cache
 from trainers.data_collator import AlignmentCollator, require_columns, without_decoding
 from trainers.losses import (
@@ -341,17 +341,12 @@ class AlignmentTrainer(StageTrainer):
             state = self.dali.state_dict() | {
                 f"model.{name}": t for name, t in state_dict.items() if "scorer." not in name
             }
-        scorer = {name: t.contiguous() for name, t in state_dict.items() if name.startswith("scorer.")}
+        scorer = {name.removeprefix("scorer."): t for name, t in state_dict.items() if name.startswith("scorer.")}
         self.dali.save_pretrained(folder, state_dict=state)
         self.processing_class.save_pretrained(folder)
-        if scorer:  # with what their weights do not tell, for `modeling_dali.explain`
-            told = {
-                "heads": self.args.scorer_heads,
-                "temperature": self.args.scorer_temperature,
-                "uniform_mix": self.args.uniform_mix,
-            }
-            metadata = {name: str(value) for name, value in told.items()}
-            save_file(scorer, folder / "scorer.safetensors", metadata=metadata)
+        if scorer:
+            args = self.args
+            save_scorers(folder, scorer, args.scorer_heads, args.scorer_temperature, args.uniform_mix)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.checkpoint_dali import audio_encoder_names, read_audio_backbone, read_prefix, read_projector
 from modeling_dali.convert_original import convert, main
+from modeling_dali.explain import find_scorers, save_scorers
 from tests.tiny import tiny_dali, tiny_llava, tiny_tokenizer
+from trainers.losses import TransportScorer
 
 # The front end of the released model, with a small encoder behind it.
 CONFIG = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -43,8 +46,22 @@ def released_audio_backbone(width=16, depth=3, mlp=32, image_width=24, proj=True
         tensors |= block(f"blocks_a.{i}") | block(f"blocks_v.{i}")
     tensors |= block("blocks_u.0") | norm("norm_a") | norm("norm_v") | norm("norm")
     if proj:
-        tensors |= linear("proj", width, image_width) | linear("a_q", image_width, image_width)
+        tensors |= linear("proj", width, image_width) | released_scorers(image_width)
     return {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+
+def released_scorers(width: int) -> dict[str, torch.Tensor]:
+    """The scorers with the released names; the same values wherever and whenever they are made."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("a_k", "a_q", "a_v", "i_k", "i_q", "i_v", "audio_scorer.out_proj", "image_scorer.out_proj"):
+        shapes |= {f"{name}.bias": (width,), f"{name}.weight": (width, width)}
+    for name in ("audio_scorer", "image_scorer"):
+        shapes |= {f"{name}.in_proj_bias": (3 * width,), f"{name}.in_proj_weight": (3 * width, width)}
+    return {name: seeded(shapes[name], 100 + i, 0.5) for i, name in enumerate(sorted(shapes))}
+
+
+def seeded(shape, seed: int, scale: float) -> torch.Tensor:
+    return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32))
 
 
 @pytest.fixture
@@ -70,7 +87,8 @@ def test_conversion_end_to_end(files, capsys):
     arguments += ["--projector", files / "prefixMLP.bin", "--prefix", files / "prefix.bin", "--output", files / "dali"]
     assert main([str(argument) for argument in arguments]) == 0
     report = capsys.readouterr().err
-    assert "blocks_v (" in report and "a_q (2)" in report and "norm_v (2)" in report
+    assert "blocks_v (" in report and "norm_v (2)" in report and "scorer" not in report
+    assert find_scorers(files / "dali") is not None
     model = DaliForConditionalGeneration.from_pretrained(files / "dali")
     processor = DaliProcessor.from_pretrained(files / "dali")
     source = torch.load(files / "audio_backbone.pth")
@@ -112,11 +130,41 @@ def small_modules():
 
 def test_a_public_cav_mae_checkpoint_has_no_projection(tmp_path):
     torch.save(released_audio_backbone(proj=False), tmp_path / "cav.pth")
-    encoder, projection, unneeded = read_audio_backbone(tmp_path / "cav.pth", *small_modules())
-    assert projection is None and len(encoder) == len(audio_encoder_names(3))
+    encoder, projection, scorers, unneeded = read_audio_backbone(tmp_path / "cav.pth", *small_modules())
+    assert projection is None and not scorers and len(encoder) == len(audio_encoder_names(3))
     assert unneeded["modality_v"] == 1 and sum(unneeded.values()) == len(released_audio_backbone(proj=False)) - len(
         encoder
     )
+
+
+# Of the authors' own forward pass (CAVMAE.forward of cav-mae/src/models/cav_mae.py with method "emd" and x_attn, its
+# scorers made for tokens of width 32) on the scorers and tokens below: the first weights of the first clip, the place
+# of the centre of mass of both clips (0 to 1), and the sum of squared weights.
+ALPHA = [0.002032388234511018, 0.001951260375790298, 0.0015592215349897742, 0.0028639051597565413]
+ALPHA_CENTRES, ALPHA_SQUARES = [0.499370276927948, 0.49815648794174194], [0.0020227159839123487, 0.001989861484616995]
+BETA = [0.0014601945877075195, 0.0013827340444549918, 0.0013919846387580037, 0.0010678626131266356]
+BETA_CENTRES, BETA_SQUARES = [0.5024348497390747, 0.4947485029697418], [0.001860860618762672, 0.0019402533071115613]
+
+
+def test_converted_scorers_weigh_as_the_authors(tmp_path):
+    torch.save(released_audio_backbone(image_width=32), tmp_path / "audio_backbone.pth")
+    tower, projection = small_modules()[0], torch.nn.Linear(16, 32)
+    scorers = read_audio_backbone(tmp_path / "audio_backbone.pth", tower, projection).scorers
+    save_scorers(tmp_path, scorers)
+    audio, image = seeded((2, 512, 32), 1, 3.0), seeded((2, 576, 32), 2, 2.0)
+    trained = TransportScorer(32)
+    trained.load_state_dict(scorers)
+    found = find_scorers(tmp_path)
+    both = [torch.stack(side) for side in zip(*map(found, audio, image), strict=True)]
+    for alpha, beta in (both, [weights.detach() for weights in trained(audio, image)]):
+        for weights, first, centres, squares in (
+            (alpha, ALPHA, ALPHA_CENTRES, ALPHA_SQUARES),
+            (beta, BETA, BETA_CENTRES, BETA_SQUARES),
+        ):
+            count = weights.shape[1]
+            np.testing.assert_allclose(weights[0, :4], first, rtol=0, atol=1e-4 / count)
+            np.testing.assert_allclose(weights @ (torch.arange(count) / count), centres, rtol=1e-5)
+            np.testing.assert_allclose(weights.square().sum(1), squares, rtol=1e-5)
 
 
 def test_what_is_missing_or_of_another_shape_is_listed(tmp_path):
@@ -133,8 +181,35 @@ def test_projector_and_prefix_are_checked(tmp_path):
     torch.save({"model.audio_tower.prefix": torch.zeros(16, 8)}, tmp_path / "prefix.bin")
     with pytest.raises(ValueError, match=r"prefix has the shape \[16, 8\], not \[16, 32\]"):
         read_prefix(tmp_path / "prefix.bin", 32)
-    with pytest.raises(ValueError, match=r"mm_projector.0.weight is missing"):
+    with pytest.raises(ValueError, match=r"a soft prefix \(--prefix\)\): model.mm_projector.0.weight is missing"):
         read_projector(tmp_path / "prefix.bin", tiny_dali()[0].model.audio_projector)
+
+
+def projector_file(name: str) -> dict[str, torch.Tensor]:
+    shapes = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    return {f"{name}.{part}": torch.randn(*shape) for part, shape in shapes.items()}
+
+
+def test_the_audio_projector_of_the_side_scripts_converts(tmp_path):
+    tensors = projector_file("model.audio_projector") | projector_file("model.mm_projector")
+    torch.save(tensors, tmp_path / "audio_projector.bin")
+    state, unneeded = read_projector(tmp_path / "audio_projector.bin", tiny_dali()[0].model.audio_projector)
+    assert torch.equal(state["linear_2.weight"], tensors["model.audio_projector.2.weight"])
+    assert unneeded.total() == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("base_model.model.model.audio_projector", "trained beside a LoRA adapter"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A", "a LoRA adapter of LLaVA"),
+        ("module.patch_embed_a.proj", r"an audio backbone \(--audio-backbone\)"),
+    ],
+)
+def test_another_file_is_named_as_what_it_is(tmp_path, name, kind):
+    torch.save(projector_file(name), tmp_path / "file.bin")
+    with pytest.raises(ValueError, match=f"holds .*{kind}.*mm_projector.0.weight is missing"):
+        read_projector(tmp_path / "file.bin", tiny_dali()[0].model.audio_projector)
 
 
 class Hostile:

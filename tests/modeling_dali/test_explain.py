@@ -7,7 +7,6 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from modeling_dali import cli
 from modeling_dali.explain import (
@@ -17,6 +16,7 @@ from modeling_dali.explain import (
     heat,
     log_nearest_plan,
     over_picture,
+    save_scorers,
     squared_distances,
 )
 from tests.tiny import tiny_dali
@@ -29,17 +29,16 @@ SOUND = (np.random.default_rng(0).standard_normal(10_000) * 0.1).astype(np.float
 PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 30, 3), dtype=np.uint8))
 
 
-def save_scorers(file, heads=8) -> TransportScorer:
+def new_scorers(folder, heads=8) -> TransportScorer:
     torch.manual_seed(3)
     scorer = TransportScorer(24, heads)
-    tensors = {f"scorer.{name}": tensor.contiguous() for name, tensor in scorer.state_dict().items()}
-    save_file(tensors, file, metadata={"heads": str(heads)})
+    save_scorers(folder, scorer.state_dict(), heads)
     return scorer
 
 
 @pytest.mark.parametrize("heads", [None, 2, 8])
 def test_scorers_weigh_as_in_training(tmp_path, heads):
-    scorer = save_scorers(tmp_path / "scorer.safetensors", heads)
+    scorer = new_scorers(tmp_path, heads)
     audio, image = torch.randn(1, 9, 24), torch.randn(1, 5, 24)
     wanted = scorer(audio, image)
     found = Scorers(tmp_path / "scorer.safetensors")(audio[0], image[0])
@@ -49,7 +48,7 @@ def test_scorers_weigh_as_in_training(tmp_path, heads):
 
 def test_explanation_is_the_optimal_plan_between_learned_weights(tmp_path):
     model, processor = tiny_dali()
-    scorer = save_scorers(tmp_path / "scorer.safetensors", 2)
+    scorer = new_scorers(tmp_path, 2)
     found = explain(model, processor, SOUND, PICTURE, find_scorers(tmp_path))
     assert found.learned and found.image_weights.shape == (4, 4) and found.audio_weights.shape == (4, 8)
     features = processor.feature_extractor([SOUND], sampling_rate=16_000)["input_features"]
@@ -92,7 +91,7 @@ def test_the_sound_is_where_it_brings_more_than_silence():
 @pytest.mark.parametrize("learned", [True, False])
 def test_silence_is_nowhere(tmp_path, learned):
     model, processor = tiny_dali()
-    save_scorers(tmp_path / "scorer.safetensors", 2)
+    new_scorers(tmp_path, 2)
     scorers = find_scorers(tmp_path) if learned else None
     found = explain(model, processor, np.zeros_like(SOUND), PICTURE, scorers)
     assert found.where.shape == (4, 4) and not found.where.any()
@@ -128,7 +127,7 @@ def test_command_writes_a_picture_for_each_file(tmp_path, capsys):
     assert out.split() == [str(tmp_path / "out" / "clip.where.png")]
     assert Image.open(tmp_path / "out" / "clip.where.png").size[0] > 1000
     PICTURE.save(tmp_path / "picture.png")
-    save_scorers(tmp_path / "model" / "scorer.safetensors")
+    new_scorers(tmp_path / "model")
     rest = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert cli.main(["explain", files[1], *rest, "--image", str(tmp_path / "picture.png")]) == 0
     assert (tmp_path / "out" / "sound.where.png").exists() and "no scorer" not in capsys.readouterr().err

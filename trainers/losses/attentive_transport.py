@@ -15,8 +15,8 @@ class TransportScorer(nn.Module):
     r"""Weights of the tokens of each set, by how they attend to the other set.
 
     alpha = softmax(mean over width of [softmax(Q_a A (K_i I)^T / sqrt d) V_i I] / temperature) for the audio tokens,
-    beta with the roles exchanged for the image tokens. Parameters carry the names of the released checkpoint
-    (`a_q`, `a_k`, `a_v`, `i_q`, `i_k`, `i_v`, `audio_scorer`, `image_scorer`).
+    beta with the roles exchanged for the image tokens. `audio_scorer` gives the weights of the audio tokens; the
+    released checkpoint calls it `image_scorer`, and the other the other way round. All other names are the same.
 
     The defaults are those of the released code: multi-head attention behind the linear maps, weights mixed half and
     half with uniform ones. `TransportScorer(dim, num_heads=None, uniform_mix=0.0)` is the formula of the paper.
