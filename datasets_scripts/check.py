@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets_scripts.builders.tables import MEDIA_EXTENSIONS, is_prepared
-from datasets_scripts.shards import Folder, open_shards, read_manifest
+from datasets_scripts.files import Folder
+from datasets_scripts.shards import open_shards, read_manifest
 
 TABLES = {
     "audioset": "{}_segments.csv",

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from datasets_scripts.builders.tables import read_table, text, wrong
 from datasets_scripts.clips import Segment, check_youtube_id, clip_id, parse_seconds, parse_segment, segment_lines
+from datasets_scripts.files import locked, sweep, write_whole
 
 NETWORK = {
     "protocol_whitelist": "http,https,tls,tcp,crypto,httpproxy",
@@ -74,12 +75,24 @@ def download(
         Numbers of clips: "downloaded", "present" (from an earlier run), "unavailable" (in all), "failed" (this time).
 
     Raises:
-        RuntimeError: after twenty failures in a row; what was downloaded stays.
+        RuntimeError: if another run is writing to the output folder; or after twenty failures in a row, where what was
+            downloaded stays.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink()
+    with locked(folder):
+        sweep(folder)
+        return _download(segments, folder, extract, attempts, sleep, wait, progress)
+
+
+def _download(
+    segments: Iterable[Segment],
+    folder: Path,
+    extract: Callable[[str], Sequence[Media]],
+    attempts: int,
+    sleep: float,
+    wait: Callable[[float], None],
+    progress: bool,
+) -> dict[str, int]:
     archive, gone = folder / "archive.txt", folder / "unavailable.jsonl"
     present = set(_whole_lines(archive))
     unavailable = {json.loads(line)["id"] for line in _whole_lines(gone)}
@@ -130,12 +143,9 @@ def _with_retries(call: Callable[[], None], attempts: int, pause: float, wait: C
 
 
 def _fetch(segment: Segment, extract: Callable[[str], Sequence[Media]], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        copy_segment(extract(segment.youtube_id), segment.start, segment.end, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    media = extract(segment.youtube_id)
+    with write_whole(path) as partial:
+        copy_segment(media, segment.start, segment.end, partial)
 
 
 def copy_segment(media: Sequence[Media], start: float, end: float, path: Path) -> None:
@@ -305,7 +315,7 @@ def _whole_lines(path: Path) -> list[str]:
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return whole.decode().splitlines()
+    return whole.decode().split("\n")[:-1]  # a reason may hold what `splitlines` takes for a line's end
 
 
 def _append(path: Path, line: str) -> None:

@@ -29,7 +29,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from datasets_scripts.builders.audioset import label_names
-from datasets_scripts.shards import Folder, commit_shard, finish, read_manifest, shard_name
+from datasets_scripts.files import Folder, claim
+from datasets_scripts.shards import commit_shard, finish, read_manifest, shard_name
 from datasets_scripts.workers import Engine, run_tasks
 
 Rows = list[dict[str, Any]]
@@ -70,37 +71,45 @@ def filter_pairs(
     Raises:
         ValueError: if `keep` is not positive, a score is not a number, or the output was begun from another source
             or with another rule.
+        RuntimeError: if another run is writing to the output folder.
         FileNotFoundError: if the source holds no parquet shards.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     manifest = read_manifest(source)
-    files = [file["name"] for file in manifest["files"]]
-    folder = Folder(output)
-    folder.sweep()
     digest = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    _begin(folder, {"source": digest, "score": name}, keep)
-    scorer = _Scorer(Folder(source).path, folder.path, score, batch_size)
-    tasks = [file for file in files if not folder.exists(_score_file(file))]
-    done = len(files) - len(tasks)
-    with tqdm(total=len(files), initial=done, unit="shard", desc="score", disable=not progress) as bar:
-        for _ in run_tasks(scorer, tasks, engine, workers, gpus):
-            bar.update()
+    folder = Folder(output)
+    with folder.held():
+        _begin(folder, {"source": digest, "score": name}, keep)
+        folder.sweep()
+        files = [file["name"] for file in manifest["files"]]
+        tasks = [file for file in files if not folder.exists(_score_file(file))]
+        scorer = _Scorer(Folder(source).path, folder.path, score, batch_size)
+        with tqdm(
+            total=len(files), initial=len(files) - len(tasks), unit="shard", desc="score", disable=not progress
+        ) as bar:
+            for _ in run_tasks(scorer, tasks, engine, workers, gpus):
+                bar.update()
+        chosen = _smallest_scores(folder, files, keep)
+        kept = [(i, file, chosen[chosen[:, 0] == i, 1]) for i, file in enumerate(files)]
+        kept = [task for task in kept if not folder.exists(_report_file(task[0]))]
+        writer = _Writer(Folder(source).path, folder.path)
+        with tqdm(
+            total=len(files), initial=len(files) - len(kept), unit="shard", desc="write", disable=not progress
+        ) as bar:
+            for _ in run_tasks(writer, kept, engine, workers):
+                bar.update()
+        return finish(folder, {**manifest["plan"], "filter": {"score": name, "keep": keep, "of": manifest["rows"]}})
+
+
+def _smallest_scores(folder: Folder, files: list[str], keep: int) -> np.ndarray:
+    """Positions (file, row) of the clips to keep [clips, 2]."""
     best = TopK(keep)
     for number, file in enumerate(files):
         with folder.open(_score_file(file)) as handle:
             scores = pq.read_table(handle, columns=["score"])["score"].to_numpy()
         best.add(scores, np.stack([np.full(len(scores), number), np.arange(len(scores))], axis=1))
-    chosen = best.positions()
-    writer = _Writer(Folder(source).path, folder.path)
-    kept = [(i, file, chosen[chosen[:, 0] == i, 1]) for i, file in enumerate(files)]
-    kept = [task for task in kept if not folder.exists(_report_file(task[0]))]
-    with tqdm(
-        total=len(files), initial=len(files) - len(kept), unit="shard", desc="write", disable=not progress
-    ) as bar:
-        for _ in run_tasks(writer, kept, engine, workers):
-            bar.update()
-    return finish(folder, {**manifest["plan"], "filter": {"score": name, "keep": keep, "of": manifest["rows"]}})
+    return best.positions()
 
 
 class TopK:
@@ -193,21 +202,16 @@ def _report_file(index: int) -> str:
     return f"reports/{shard_name(index)}.json"
 
 
-def _begin(folder: Folder, plan: dict[str, Any], keep: int) -> None:
-    """Compares the plan with that of an earlier run; with another `keep` only the shards are made anew."""
-    if folder.exists("plan.json"):
-        earlier = json.loads(folder.read("plan.json"))
-        for what, value in plan.items():
-            if earlier.get(what) != value:
-                raise ValueError(
-                    f"{folder.path} was begun with another {what} ({earlier.get(what)}): choose another output folder"
-                )
-        if earlier["keep"] == keep:
+def _begin(folder: Folder, settings: dict[str, Any], keep: int) -> None:
+    """Compares the settings with those of an earlier run; with another `keep` only the shards are made anew."""
+    claim(folder, settings, "plan.json")
+    if folder.exists("keep.json"):
+        if json.loads(folder.read("keep.json")) == keep:
             return
         folder.remove("manifest.json")
         for name in folder.names("reports") + folder.names("shards"):
             folder.remove(name)
-    folder.write_json("plan.json", {**plan, "keep": keep})
+    folder.write_json("keep.json", keep)
 
 
 class CaptionDistance:

@@ -10,14 +10,12 @@ continued by the same command, and gives the shards that it would have given. Cl
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from datasets_scripts.clips import ClipRequest, from_folder, from_index, from_list
+from datasets_scripts.files import Folder, claim, locked
 from datasets_scripts.records import Limits, Settings, failure, read_record
-from datasets_scripts.shards import Folder, Journal, commit_shard, finish, grouped, shard_name
+from datasets_scripts.shards import Journal, commit_shard, finish, grouped, shard_name
 from datasets_scripts.workers import Casualty, Engine, GuardedPool, run_tasks
 
 
@@ -66,9 +65,10 @@ def prepare(
     count, fingerprint = _survey(requests)
     plan = {"clips": count, "fingerprint": fingerprint, "settings": asdict(settings)}
     work = _work_folder(folder, plan)
-    with _lock(work):
-        folder.sweep()
+    with locked(folder.root if folder.local else work):
+        work.mkdir(parents=True, exist_ok=True)
         _begin(folder, work, plan)
+        folder.sweep()
         done = {}
         for name in folder.names("reports", ".json"):
             report = json.loads(folder.read(name))
@@ -91,6 +91,8 @@ def prepare(
                     bar.update(clips)
         for journal in work.glob("*.sqlite*"):  # of a run that was killed between a report and its clean-up
             journal.unlink()
+        if folder.local:
+            work.rmdir()
         return finish(folder, plan)
 
 
@@ -182,18 +184,8 @@ def _begin(folder: Folder, work: Path, plan: dict[str, Any]) -> None:
             raise ValueError(f"{folder.path} holds shards but no plan.json: choose another output folder")
         for journal in work.glob("*.sqlite"):  # of a run whose output was removed
             journal.unlink()
-        folder.write_json("plan.json", plan)
-        return
-    earlier = json.loads(folder.read("plan.json"))
-    changes = [
-        f"{name} was {earlier['settings'].get(name)}, is {value}"
-        for name, value in plan["settings"].items()
-        if earlier["settings"].get(name) != value
-    ]
-    if earlier["fingerprint"] != plan["fingerprint"]:
-        changes.append(f"the source had {earlier['clips']} clips, has {plan['clips']}, or others than then")
-    if changes:
-        raise ValueError(f"{folder.path} was begun otherwise ({'; '.join(changes)}): choose another output folder")
+    settings = {name: value for name, value in plan.items() if name != "settings"} | plan["settings"]
+    claim(folder, settings, "plan.json")
 
 
 def _work_folder(folder: Folder, plan: dict[str, Any]) -> Path:
@@ -203,22 +195,6 @@ def _work_folder(folder: Folder, plan: dict[str, Any]) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     name = json.dumps([folder.path, plan], sort_keys=True)  # what is left there of another run must not be taken
     return cache / "dali-audio" / "prepare" / hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"another run is writing here (it holds {work / 'lock'})") from None
-        try:
-            yield
-        finally:
-            (work / "lock").unlink()
-            if not any(work.iterdir()):
-                work.rmdir()
 
 
 def clips_of(

@@ -19,16 +19,15 @@ import sqlite3
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
+
+from datasets_scripts.files import Folder
 
 FEATURES = datasets.Features(
     {
@@ -43,122 +42,6 @@ FEATURES = datasets.Features(
     }
 )
 ROW_GROUP = 32  # rows that a reader holds at a time
-
-
-class Folder:
-    """A folder on any fsspec path, with whole-file writes.
-
-    Args:
-        path: local path or URL, such as `s3://bucket/audioset`.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.filesystem, self.root = fsspec.core.url_to_fs(os.fspath(path).rstrip("/"))
-        self.local = isinstance(self.filesystem, LocalFileSystem)
-        self.path = self.root if self.local else os.fspath(path).rstrip("/")  # absolute
-
-    def _full(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.filesystem.exists(self._full(name))
-
-    def names(self, folder: str, suffix: str = "") -> list[str]:
-        """The sorted names, with their folder, of the files in one of the folders here."""
-        if not self.filesystem.isdir(self._full(folder)):
-            return []
-        self.filesystem.invalidate_cache()
-        found = (path.rsplit("/", 1)[1] for path in self.filesystem.ls(self._full(folder), detail=False))
-        return sorted(f"{folder}/{name}" for name in found if name.endswith(suffix) and not name.startswith("."))
-
-    def open(self, name: str) -> Any:
-        """Opens a file for reading bytes."""
-        return self.filesystem.open(self._full(name), "rb")
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file."""
-        with self.open(name) as file:
-            return file.read()
-
-    def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
-        if self.exists(name):
-            self.filesystem.rm(self._full(name))
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator["_Hashing"]:
-        """Opens a file that appears under its name only when the block ends well.
-
-        Object stores do so by themselves; on a local disk the file is written beside its place and renamed.
-        """
-        full = self._full(name)
-        self.filesystem.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-        if not self.local:
-            with self.filesystem.open(full, "wb") as file:
-                yield _Hashing(file)
-            return
-        temporary = Path(full).with_name(f".{Path(full).name}.{os.getpid()}.partial")
-        try:
-            with temporary.open("wb") as file:
-                yield _Hashing(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(full)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a whole file."""
-        with self.writing(name) as file:
-            file.write(data)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes a value as JSON, the same bytes for the same value."""
-        self.write(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-
-    def sweep(self) -> None:
-        """Removes what interrupted writes left on a local disk."""
-        if self.local:
-            for pattern in (".*.partial", "*/.*.partial"):
-                for leftover in Path(self.root).glob(pattern):
-                    leftover.unlink(missing_ok=True)
-
-
-class _Hashing:
-    """A file that counts and sums up what is written to it."""
-
-    def __init__(self, file: Any):
-        self._file = file
-        self._sum = hashlib.sha256()
-        self.size = 0
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        self._sum.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def seekable(self) -> bool:
-        return False
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def digest(self) -> str:
-        return self._sum.hexdigest()
 
 
 class Journal:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datasets_scripts.shards import ROW_GROUP, Folder, read_manifest
+from datasets_scripts.files import Folder
+from datasets_scripts.shards import ROW_GROUP, read_manifest
 
 
 class ShardStream(IterableDataset):

@@ -3,7 +3,6 @@
 audiotxt("index.jsonl", "captions.jsonl", "prepared/")
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import datasets
 
 from datasets_scripts.builders.tables import AUDIO, MEDIA_EXTENSIONS, TEXTS, Card, assemble, is_prepared, wrong
+from datasets_scripts.files import json_lines
 from datasets_scripts.shards import open_shards
 
 CARD = Card(
@@ -48,14 +48,14 @@ def audiotxt(index: str | Path, captions: str | Path, media: str | Path) -> data
 def rows(index: str | Path, captions: str | Path, media: str | Path) -> Iterator[dict[str, Any]]:
     """Yields one row a clip; `audio` is None where the file is missing."""
     pool: dict[Any, str] = {}
-    for line, value in _json_lines(captions):
+    for line, value in json_lines(captions):
         match value:
             case [int() | str() as number, str() as caption] if caption.strip() and number not in pool:
                 pool[number] = caption
             case _:
                 raise wrong(captions, line, f'expected [id, "caption"] with a new id, found {value!r}')
     clips: dict[str, list[list[Any]]] = {}
-    for line, value in _json_lines(index):
+    for line, value in json_lines(index):
         match value:
             case [str() as frame, list() as ids] if (parts := _FRAME.fullmatch(frame)) and "/" not in frame:
                 if unknown := [number for number in ids if number not in pool]:
@@ -80,13 +80,3 @@ def _names(media: str | Path) -> dict[str, tuple[str, str | None]]:
         found = [(path.stem, str(path)) for path in paths]
     names = {name.rpartition("_")[0]: (name, path) for name, path in reversed(found) if "_" in name}
     return names | {name: (name, path) for name, path in found}
-
-
-def _json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise wrong(path, number, f"is not JSON: {error}") from error

@@ -14,7 +14,8 @@ import datasets
 import pyarrow as pa
 
 from datasets_scripts.clips import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, find_media
-from datasets_scripts.shards import Folder, grouped, open_shards
+from datasets_scripts.files import Folder, write_whole
+from datasets_scripts.shards import grouped, open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +212,8 @@ def save_ids(ids: Iterable[str], path: str | os.PathLike) -> str:
     """
     names = sorted(ids)
     digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.write_text(
-        json.dumps({"count": len(names), "sha256": digest, "ids": names}, indent=1, ensure_ascii=False)
-    )
-    temporary.replace(target)
+    with write_whole(path) as part:
+        part.write_text(
+            json.dumps({"count": len(names), "sha256": digest, "ids": names}, indent=1, ensure_ascii=False)
+        )
     return digest

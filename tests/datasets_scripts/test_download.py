@@ -170,7 +170,7 @@ from datasets_scripts import download
 from datasets_scripts.clips import Segment
 replace = download.Path.replace
 def dying(self, target):
-    if len(list(target.parent.glob("*.mp4"))) == 2:
+    if len(list(target.parent.glob("[!.]*.mp4"))) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 download.Path.replace = dying

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from datasets_scripts.files import Folder
 from datasets_scripts.filter_pairs import CaptionDistance, Captioner, Embedder, TokenDistance, TopK, filter_pairs, main
-from datasets_scripts.shards import Folder, commit_shard, finish, open_shards
+from datasets_scripts.shards import commit_shard, finish, open_shards
 from datasets_scripts.streaming import ShardStream
 from tests.datasets_scripts.workloads import by_start
 
@@ -67,7 +68,7 @@ def test_the_best_are_kept_with_their_scores(shards, tmp_path):
     filter_pairs(shards, tmp_path, None, keep=30, name="start", progress=False)  # nothing is scored again
     assert content(tmp_path) == before
     assert filter_pairs(shards, tmp_path, None, keep=500, name="start", progress=False)["rows"] == 200
-    with pytest.raises(ValueError, match="begun with another score"):
+    with pytest.raises(ValueError, match='score was "start", is "other"'):
         filter_pairs(shards, tmp_path, by_start, keep=30, name="other", progress=False)
 
 
@@ -84,17 +85,17 @@ def test_top_k_against_sorting(scores, k, step):
 
 KILLED = """
 import os, signal, sys
-from datasets_scripts import filter_pairs, shards
+from datasets_scripts import files, filter_pairs
 sys.path.insert(0, os.getcwd())
 from tests.datasets_scripts.workloads import by_start
-calls, at, write = 0, int(sys.argv[1]), shards._Hashing.write
+calls, at, write = 0, int(sys.argv[1]), files.HashingFile.write
 def dying(self, data):
     global calls
     calls += 1
     if calls == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(self, data)
-shards._Hashing.write = dying
+files.HashingFile.write = dying
 filter_pairs.filter_pairs(sys.argv[2], sys.argv[3], by_start, 30, "start", progress=False)
 """
 
@@ -215,7 +216,7 @@ def test_the_command_line(shards, tmp_path, capsys):
     assert "no column 'x'" in capsys.readouterr().err
     assert main([shards, "--output", str(tmp_path / "d"), "--keep", "10", "--quiet", "--score", "none:x"]) == 1
     assert "does not import" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["keep"] == 10
+    assert json.loads((tmp_path / "out" / "keep.json").read_text()) == 10
 
 
 @pytest.mark.parametrize("score", [lambda rows: [float("nan")] * len(rows), lambda rows: [1.0], lambda rows: 1.0])

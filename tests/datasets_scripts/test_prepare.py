@@ -21,9 +21,10 @@ from PIL import Image
 
 from datasets_scripts import prepare as module
 from datasets_scripts.clips import ClipRequest
+from datasets_scripts.files import Folder, locked
 from datasets_scripts.prepare import clips_of, main, prepare
 from datasets_scripts.records import Limits, Settings
-from datasets_scripts.shards import Folder, open_shards
+from datasets_scripts.shards import open_shards
 from tests.datasets_scripts.videos import lag, make_video, number
 from tests.datasets_scripts.workloads import small_record
 
@@ -101,7 +102,7 @@ def test_other_settings_or_another_source_are_refused(videos, prepared, tmp_path
     shutil.copytree(videos, tmp_path / "other")
     shutil.copy(videos / "a.mp4", tmp_path / "other" / "b.mp4")
     assert run(tmp_path / "other", prepared) == 1
-    assert "had 14 clips, has 15" in capsys.readouterr().err
+    assert "clips was 14, is 15" in capsys.readouterr().err
     assert run(tmp_path / "none", prepared) == 1
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -111,7 +112,7 @@ def test_other_settings_or_another_source_are_refused(videos, prepared, tmp_path
 
 KILLED = """
 import os, signal, sys
-from datasets_scripts import prepare, shards
+from datasets_scripts import files, prepare, shards
 
 def dying(method, at):
     calls = 0
@@ -124,7 +125,7 @@ def dying(method, at):
     return call
 
 where, at = sys.argv[1], int(sys.argv[2])
-owner = {"add": shards.Journal, "remove": shards.Journal, "write_json": shards.Folder}.get(where, shards._Hashing)
+owner = {"add": shards.Journal, "remove": shards.Journal, "write_json": files.Folder}.get(where, files.HashingFile)
 setattr(owner, where, dying(getattr(owner, where), at))
 sys.exit(prepare.main(sys.argv[3:]))
 """
@@ -174,7 +175,7 @@ def test_finished_clips_of_a_killed_run_are_not_read_again(videos, tmp_path, mon
 
     (tmp_path / "output").mkdir(exist_ok=True)
     count, fingerprint = module._survey(clips_of(videos))
-    plan = {"clips": count, "fingerprint": fingerprint, "settings": module.asdict(Settings())}
+    plan = {"clips": count, "fingerprint": fingerprint, **module.asdict(Settings())}
     Folder(tmp_path / "output").write_json("plan.json", plan)
     for i, request in enumerate(requests[:5]):
         journal.add(i, small_record((request, None)))
@@ -185,7 +186,7 @@ def test_finished_clips_of_a_killed_run_are_not_read_again(videos, tmp_path, mon
 
 
 def test_two_runs_at_once_are_refused(videos, tmp_path):
-    with module._lock(tmp_path / "_work"), pytest.raises(RuntimeError, match="another run"):
+    with locked(tmp_path), pytest.raises(RuntimeError, match=f"in use by another run.*process {os.getpid()}"):
         prepare(clips_of(videos), tmp_path, progress=False)
 
 

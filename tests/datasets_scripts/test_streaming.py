@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from datasets_scripts.shards import Folder, commit_shard, finish
+from datasets_scripts.files import Folder
+from datasets_scripts.shards import commit_shard, finish
 from datasets_scripts.streaming import ShardStream
 
 
