@@ -19,14 +19,14 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	touch $@
 
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.demo
 	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model runs/demo/model $(or $(strip $(FILES)),runs/demo/samples/*.wav)
 
 demo-vipant: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.demo_vipant
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.demo_vipant
 
 ablation: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m trainers.ablation
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.ablation
 
 # One thread a process: many tests start processes of their own, and threads would fight for the cores.
 test: $(STAMP)

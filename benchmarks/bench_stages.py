@@ -41,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
 from tests.tiny import tiny_tokenizer
-from trainers.alignment import AlignmentConfig, AlignmentTrainer
-from trainers.data_collator import DaliDataCollator
-from trainers.distillation import DistillationConfig, DistillationTrainer
-from trainers.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
-from trainers.pseudo_captions import PseudoCaptionConfig, caption_shard
+from trainers.dali.alignment import AlignmentConfig, AlignmentTrainer
+from trainers.dali.data_collator import DaliDataCollator
+from trainers.dali.distillation import DistillationConfig, DistillationTrainer
+from trainers.dali.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
+from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard
 
 BATCH = 32
 CAPTION = "a dog barks loudly and a bell rings far away"

@@ -1,1 +1,1 @@
-"""Training: losses, the stage trainers, metrics, and the demonstrations."""
+"""Training: losses, metrics, and the stage trainers of DALI and VIP-ANT."""

@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from trainers.data_collator import require_columns, without_decoding
 from trainers.model_card import training_section, write_card
+from trainers.rows import require_columns, without_decoding
 
 logger = logging.get_logger(__name__)
 

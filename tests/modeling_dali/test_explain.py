@@ -8,6 +8,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from examples.sounding_world.demo import write_video
 from modeling_dali import cli
 from modeling_dali.explain import (
     Scorers,
@@ -21,8 +22,7 @@ from modeling_dali.explain import (
 )
 from tests.tiny import tiny_dali
 from tests.trainers.stages import clips, settings
-from trainers.alignment import AlignmentConfig, AlignmentTrainer
-from trainers.demo import write_video
+from trainers.dali.alignment import AlignmentConfig, AlignmentTrainer
 from trainers.losses import TransportScorer, optimal_transport
 
 SOUND = (np.random.default_rng(0).standard_normal(10_000) * 0.1).astype(np.float32)

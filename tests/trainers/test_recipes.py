@@ -8,11 +8,11 @@ import yaml
 
 from modeling_dali import DaliForConditionalGeneration
 from tests.trainers.stages import ROOT, run_command, save_llava, save_world
-from trainers.alignment import AlignmentConfig
-from trainers.distillation import DistillationConfig
-from trainers.prefix_tuning import PrefixTuningConfig
+from trainers.dali.alignment import AlignmentConfig
+from trainers.dali.distillation import DistillationConfig
+from trainers.dali.prefix_tuning import PrefixTuningConfig
+from trainers.dali.pseudo_captions import PseudoCaptionConfig
 from trainers.processes import run_in_processes
-from trainers.pseudo_captions import PseudoCaptionConfig
 from trainers.recipes import load_model, load_rows, parse_recipe
 
 CONFIGS = {
@@ -89,7 +89,7 @@ def test_a_command_leaves_its_group(tmp_path):
     world, left = save_world(tmp_path), []
     options = {"output_dir": str(tmp_path / "prefix"), "report_to": "none", "use_cpu": "true", "max_steps": "1"}
     arguments = [part for name, value in (world | options).items() for part in (f"--{name}", value)]
-    run_in_processes(as_command, ("trainers.prefix_tuning", arguments), 2, left.append)
+    run_in_processes(as_command, ("trainers.dali.prefix_tuning", arguments), 2, left.append)
     assert left == [False] and (tmp_path / "prefix" / "adapter_model.safetensors").exists()
 
 
@@ -104,15 +104,15 @@ def test_all_stages_by_their_commands(tmp_path):
         return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
     prefix, aligned, pseudo, final = (str(tmp_path / name) for name in ("prefix", "aligned", "pseudo", "final"))
-    run_command("-m", "trainers.prefix_tuning", recipe, *options(model=world["model"], output_dir=prefix))
+    run_command("-m", "trainers.dali.prefix_tuning", recipe, *options(model=world["model"], output_dir=prefix))
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-    run_command(*launch, "trainers.alignment", recipe, *options(model=world["model"], output_dir=aligned))
+    run_command(*launch, "trainers.dali.alignment", recipe, *options(model=world["model"], output_dir=aligned))
     given = {"model": aligned, "prefix": prefix, "dataset": world["dataset"], "output_dir": pseudo}
-    run_command("-m", "trainers.pseudo_captions", *options(max_new_tokens=5, temperature=5, **given))
+    run_command("-m", "trainers.dali.pseudo_captions", *options(max_new_tokens=5, temperature=5, **given))
     given = {"model": aligned, "captions": pseudo, "output_dir": final, "report_to": "tensorboard"}
-    run_command("-m", "trainers.distillation", recipe, *options(**given))
+    run_command("-m", "trainers.dali.distillation", recipe, *options(**given))
     DaliForConditionalGeneration.from_pretrained(final)
     card = Path(final, "README.md").read_text()
-    assert "python -m trainers.distillation" in card and world["dataset"] in card
+    assert "python -m trainers.dali.distillation" in card and world["dataset"] in card
     assert list(Path(final).glob("runs/*/events*"))

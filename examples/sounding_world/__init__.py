@@ -1,0 +1,1 @@
+"""DALI and VIP-ANT from nothing on the sounding world: demonstrations, ablation, report."""

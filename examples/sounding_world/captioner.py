@@ -1,0 +1,368 @@
+"""A small LLaVA from nothing: a captioner for worlds as small as the sounding one, where no pretrained one can be had.
+
+    python -m examples.sounding_world.captioner examples/sounding_world/recipes/captioner.yaml [--field value ...]
+
+CLIP's image tower, LLaVA's projector and a Llama, all from random weights, train together on pictures with a
+question and captions that answer it. Questions for what is seen and for what would be heard must both occur: sixteen
+soft tokens can choose a style later, but not teach one.
+
+Caption loss alone sticks on a plateau: the model learns the wording first, and the tower gets no gradient that tells
+one thing from another. So each image token also names words by itself, and the strongest names of a picture are held
+against the words of its captions. Only words that answer the same question elsewhere count: that no tree is heard does
+not say that there is none.
+
+Two things prepare the language model for audio tokens, which are more than those of a picture, in another order, and
+never quite the same: half of the batches repeat their image tokens, shuffled, up to `most_tokens` times; and there is
+noise on them, which also leaves the tower little room for what no caption tells, such as the colour of the sky.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from modeling_dali.processing_dali import CHAT_TEMPLATE, IGNORED, QUESTION
+from trainers.model_card import command_line
+from trainers.processes import leave_group
+from trainers.recipes import load_rows, parse_recipe
+from trainers.rows import SkippedSamples, UnreadableSampleError, pick, read_image, sample_rng
+from trainers.stage import StageTrainer
+
+SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
+PROMPT = "USER: <image>\n{} ASSISTANT:"  # as the chat template renders it
+RARE = -4.0  # logit of a word before training: most words are in few pictures
+
+
+@dataclass
+class CaptionerConfig(TrainingArguments):
+    """
+    Settings of the captioner.
+
+    Args:
+        dataset: Data set with `image`, `question` and `captions` (see [`load_rows`]).
+        train_split: Its split.
+        image_size: Side of the pictures in pixels.
+        patch_size: Side of the patches; divides the former.
+        hidden_size: Width of the image tower and the language model.
+        vision_layers, text_layers: Blocks of the two.
+        num_heads: Attention heads of the two.
+        words_weight: Weight of the loss by which image tokens learn to name words.
+        token_noise: Noise on the image tokens, in standard deviations of theirs.
+        most_tokens: How many times the tokens of a picture the language model must be able to read.
+
+    All other arguments are those of [`~transformers.TrainingArguments`].
+    """
+
+    # Data
+    dataset: str = ""
+    train_split: str = "train"
+
+    # Model
+    image_size: int = 48
+    patch_size: int = 8
+    hidden_size: int = 128
+    vision_layers: int = 3
+    text_layers: int = 2
+    num_heads: int = 4
+
+    # Optimisation
+    words_weight: float = 10.0
+    token_noise: float = 0.7
+    most_tokens: float = 2.8
+    learning_rate: float = 2.5e-3
+    max_steps: int = 800
+    per_device_train_batch_size: int = 64
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    weight_decay: float = 0.01
+    save_steps: float = 200
+    save_total_limit: int | None = 2
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer of whole words in lower case, without punctuation.
+
+    Args:
+        texts: Whatever the captioner shall read and write.
+    """
+    words = {word for text in (*texts, PROMPT, QUESTION) for word in re.findall(r"\w+", text.lower())}
+    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words - {"image", "audio", "prefix"})])}
+    for word in ("image", "audio", "prefix"):  # also the names of placeholders
+        vocabulary.setdefault(word, len(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="removed")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>", "audio_token": "<audio>", "prefix_token": "<prefix>"},
+    )
+
+
+def new_captioner(
+    config: CaptionerConfig, texts: Iterable[str]
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """
+    An untrained LLaVA and its processor.
+
+    Args:
+        config: Sizes.
+        texts: Questions and captions, for the vocabulary.
+    """
+    tokenizer = word_tokenizer(texts)
+    width = config.hidden_size
+    sizes: dict[str, float] = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": config.num_heads,
+    }
+    sizes["initializer_range"] = width**-0.5  # the usual 0.02 is for wide models: narrow ones would hardly move
+    vision = CLIPVisionConfig(
+        **sizes, num_hidden_layers=config.vision_layers, image_size=config.image_size, patch_size=config.patch_size
+    )
+    text = LlamaConfig(
+        **sizes | {"intermediate_size": 8 * width // 3},  # three matrices in place of two
+        num_hidden_layers=config.text_layers,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(config.seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+            image_seq_length=(config.image_size // config.patch_size) ** 2,
+            vision_feature_layer=-1,  # no layer is to spare
+        )
+    )
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=32,
+    )
+    side = {"height": config.image_size, "width": config.image_size}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=side, do_center_crop=False),
+        tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, processor
+
+
+class CaptionerCollator:
+    """
+    Pictures, prompts and, as labels, one of the captions of each.
+
+    Args:
+        processor: The captioner's.
+        image_tokens: Tokens per picture.
+        most_tokens: Half of the training batches have up to so many times as many placeholders.
+        seed: Of the choice of captions and of how many placeholders there are.
+        answers: All captions by the question that they answer.
+    """
+
+    columns = [("image",), ("question",), ("captions",)]
+
+    def __init__(
+        self,
+        processor: LlavaProcessor,
+        image_tokens: int,
+        most_tokens: float,
+        seed: int,
+        answers: Mapping[str, Iterable[str]],
+    ):
+        self.processor, self.image_tokens, self.seed = processor, image_tokens, seed
+        self.most_tokens = most_tokens
+        self.skips = SkippedSamples(0.0)  # a world that is made on the spot has no damaged pictures
+        self.word_ids: dict[str, list[int]] = {}
+        self.answer_ids = {
+            question: sorted({token for caption in captions for token in self.ids(caption)})
+            for question, captions in answers.items()
+        }
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text; each is looked up once."""
+        if text not in self.word_ids:
+            self.word_ids[text] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.word_ids[text]
+
+    def count_placeholders(self, row: dict) -> int:
+        """Placeholders per picture in the batch that begins with a row."""
+        rng = sample_rng(self.seed, row)
+        if rng is None or rng.random() < 0.5:
+            return self.image_tokens
+        return int(rng.integers(self.image_tokens, int(self.most_tokens * self.image_tokens) + 1))
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `input_ids`, `attention_mask`, `labels` [B, length]; `pixel_values` [B, 3, height, width]; `words`
+            [B, vocabulary], 1 for words of any caption of the picture, 0 for other words that answer its question, NaN
+            for words that never do.
+        """
+        tokenizer = self.processor.tokenizer
+        pictures, prompts, answers = [], [], []
+        words = torch.full((len(rows), len(tokenizer)), torch.nan)
+        image = [tokenizer.convert_tokens_to_ids("<image>")] * self.count_placeholders(rows[0])
+        for index, row in enumerate(rows):
+            if not row["captions"]:
+                raise UnreadableSampleError(f"The picture {row.get('id', index)} has no caption.")
+            pictures.append(read_image(row["image"]))
+            before, after = PROMPT.format(row["question"]).split("<image>")
+            prompts.append([tokenizer.bos_token_id, *self.ids(before), *image, *self.ids(after)])
+            caption = pick(row["captions"], sample_rng(self.seed, row), 0)
+            answers.append([*self.ids(caption), tokenizer.eos_token_id])
+            words[index, self.answer_ids[row["question"]]] = 0
+            words[index, [token for caption in row["captions"] for token in self.ids(caption)]] = 1
+        length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+        labels = torch.full_like(ids, IGNORED)
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids[index, length - len(prompt) - len(answer) :] = torch.tensor(prompt + answer)
+            labels[index, length - len(answer) :] = torch.tensor(answer)
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        mask = (ids != tokenizer.pad_token_id).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels, "words": words}
+
+
+class CaptionerModel(nn.Module):
+    """
+    A LLaVA, and a layer by which its image tokens name words; the layer is needed in training only.
+
+    Args:
+        llava: The captioner.
+        words_weight: Weight of the words' loss.
+        token_noise: Noise on the image tokens in training, in standard deviations of theirs.
+    """
+
+    def __init__(self, llava: LlavaForConditionalGeneration, words_weight: float, token_noise: float):
+        super().__init__()
+        self.llava, self.words_weight, self.token_noise = llava, words_weight, token_noise
+        self._no_split_modules = llava._no_split_modules  # for sharded training
+        self.words = nn.Linear(llava.config.text_config.hidden_size, llava.config.text_config.vocab_size)
+        nn.init.constant_(self.words.bias, RARE)
+
+    def forward(self, words: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
+        """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
+        count = int((inputs["input_ids"][0] == self.llava.config.image_token_index).sum())
+        projector = self.llava.model.multi_modal_projector
+        hook = projector.register_forward_pre_hook(lambda _, given: (self.disturb(given[0], count),))
+        try:
+            features = self.llava.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+        finally:
+            hook.remove()  # the LLaVA itself stays as it is
+        outputs = self.llava(**inputs, mm_encoder_outputs={"image": features})
+        image = torch.stack(features.pooler_output)  # [B, tokens, width]
+        names = self.words(image)  # [B, tokens, vocabulary]
+        strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
+        told = ~words.isnan()
+        named = nn.functional.binary_cross_entropy_with_logits(strongest[told], words[told], reduction="sum")
+        named = named / words.numel()
+        return {"loss": outputs.loss + self.words_weight * named}
+
+    def disturb(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        """In training: image tokens [B, m, width] as `count` of them, shuffled if that is not m, and with noise."""
+        if not self.training:
+            return tokens
+        own = tokens.shape[1]
+        if count != own:
+            rounds = -(-count // own)
+            order = torch.cat([torch.randperm(own, device=tokens.device) for _ in range(rounds)])
+            tokens = tokens[:, order[:count]]
+        return tokens + self.token_noise * tokens.detach().std() * torch.randn_like(tokens)
+
+
+class CaptionerTrainer(StageTrainer):
+    """
+    Trains all of a captioner.
+
+    Args:
+        model: An untrained LLaVA.
+        args: Settings.
+        processor: Its processor.
+        train_dataset: Rows with `image`, `question` and `captions`.
+        kwargs: Further arguments of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        args: CaptionerConfig,
+        processor: LlavaProcessor,
+        train_dataset,
+        **kwargs,
+    ):
+        torch.manual_seed(args.seed)
+        collator = CaptionerCollator(
+            processor, model.config.image_seq_length, args.most_tokens, args.seed, answers_of(train_dataset)
+        )
+        wrapper = CaptionerModel(model, args.words_weight, args.token_noise)
+        if args.ddp_find_unused_parameters is None:  # CLIP's last norm is behind the tokens that LLaVA takes
+            args.ddp_find_unused_parameters = True
+        super().__init__(wrapper, args, ["llava", "words"], processor, train_dataset, None, collator, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Writes the LLaVA and its processor."""
+        if state_dict is not None:
+            state_dict = {n.removeprefix("llava."): t for n, t in state_dict.items() if n.startswith("llava.")}
+        self.accelerator.unwrap_model(self.model).llava.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains as the recipe says."""
+    config = parse_recipe(CaptionerConfig, sys.argv[1:] if arguments is None else arguments)
+    rows = load_rows(config.dataset, config.train_split)
+    model, processor = new_captioner(config, texts_of(rows))
+    CaptionerTrainer(model, config, processor, rows).run(command_line(), config.dataset)
+
+
+def answers_of(rows) -> dict[str, set[str]]:
+    """All captions of a data set by the question that they answer."""
+    answers: dict[str, set[str]] = {}
+    for question, captions in zip(rows["question"], rows["captions"], strict=True):
+        answers.setdefault(question, set()).update(captions)
+    return answers
+
+
+def texts_of(rows) -> list[str]:
+    """All questions and captions of a data set."""
+    answers = answers_of(rows)
+    return [*answers, *set().union(*answers.values())]
+
+
+if __name__ == "__main__":
+    main()
+    leave_group()

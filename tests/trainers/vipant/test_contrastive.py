@@ -1,0 +1,256 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_vipant import VipAntModel
+from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, tiny_tokenizer, tiny_vipant
+from tests.trainers.vipant.contrastive_worker import SETTINGS, batch, model64, step, steps
+from trainers.processes import run_in_processes
+from trainers.recipes import parse_recipe
+from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
+from trainers.vipant.tagging import TaggingConfig
+
+REPO = Path(__file__).resolve().parents[3]
+
+
+def assert_same_step(one: dict, other: dict) -> None:
+    torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=0, check_dtype=False)
+    assert one["grads"].keys() == other["grads"].keys() and one["grads"]
+    for name, grad in one["grads"].items():
+        torch.testing.assert_close(grad, other["grads"][name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_loss(model: VipAntModel, inputs: dict, pairs: list[str]) -> torch.Tensor:
+    """The objective written out, on one process and without any caching."""
+    embeds = {
+        "audio": model.get_audio_features(inputs["input_features"]).pooler_output,
+        "image": model.get_image_features(inputs["pixel_values"]).pooler_output,
+        "text": model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output,
+    }
+    total = torch.zeros(())
+    for pair in pairs:
+        one, other = (embeds[kind] for kind in pair.split("-"))
+        scale = model.audio_logit_scale if "audio" in pair else model.logit_scale
+        logits = scale.exp() * one @ other.T
+        targets = torch.arange(len(logits))
+        total = total + F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
+    return total
+
+
+@pytest.mark.parametrize("name", ["va", "va-cached", "at-cached", "all-cached"])
+def test_step_equals_the_objective_written_out(tmp_path, name):
+    got = step(tmp_path, **SETTINGS[name])
+    model = model64()
+    loss = plain_loss(model, batch(), SETTINGS[name]["pairs"])
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if n in got["grads"]}
+    assert_same_step(got, {"loss": loss.detach(), "grads": expected})
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_cached_gradients_equal_one_big_batch(tmp_path, micro_batch_size):
+    settings = SETTINGS["all-cached"] | {"micro_batch_size": None}
+    whole = step(tmp_path, **settings)
+    assert_same_step(step(tmp_path, **settings | {"micro_batch_size": micro_batch_size}), whole)
+
+
+def test_cached_gradients_repeat_dropout(tmp_path):
+    """With dropout, step 3 must see the masks of step 1: the gradient is then that of the very loss reported."""
+    settings = {"pairs": ["audio-image"], "micro_batch_size": 4}
+    got = step(tmp_path, dropout=0.3, **settings)
+    model = model64().train()
+    for module in model.audio_model.modules():
+        if hasattr(module, "scale") and hasattr(module, "dropout"):
+            module.dropout = 0.3
+    model.vision_model.eval()
+    torch.manual_seed(3)
+    audio = torch.cat([model.get_audio_features(part).pooler_output for part in batch()["input_features"].split(4)])
+    image = model.get_image_features(batch()["pixel_values"]).pooler_output
+    logits = model.audio_logit_scale.exp() * audio @ image.T
+    targets = torch.arange(8)
+    loss = F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if n in got["grads"]}
+    assert_same_step(got, {"loss": loss.detach(), "grads": expected})
+
+
+def test_two_processes_equal_one(tmp_path):
+    run_in_processes(steps, (tmp_path,), 2, print)
+    two = torch.load(tmp_path / "results.pt")
+    for name, settings in SETTINGS.items():
+        assert two[name]["processes"] == 2
+        assert_same_step(two[name], step(tmp_path, **settings))
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Sounds whose spectrogram has the brightness of their image: what training must find out."""
+
+    def __init__(self, size: int = 16):
+        generator = torch.Generator().manual_seed(11)
+        self.patterns = torch.randn(size, NUM_FRAMES, 1, generator=generator)
+        self.images = torch.randn(size, 3, 28, 28, generator=generator)
+
+    def __len__(self):
+        return len(self.patterns)
+
+    def __getitem__(self, i):
+        return {"input_features": self.patterns[i].expand(-1, NUM_BINS), "pixel_values": self.images[i]}
+
+
+def train(tmp_path, model, **settings):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-3,
+        "max_steps": 12,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = ContrastiveTrainer(model, ContrastiveConfig(**defaults | settings), train_dataset=Pairs())
+    trainer.train()
+    return trainer
+
+
+def moved(before: dict, model) -> set[str]:
+    return {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"audio_model", "audio_projection", "audio_logit_scale"}),
+        ({"loss": "barlow_twins"}, {"audio_model", "audio_projection"}),
+        ({"lars": True, "lars_weight_lr": 5.0}, {"audio_model", "audio_projection", "audio_logit_scale"}),
+        ({"train_towers": ["image"]}, {"vision_model", "visual_projection", "audio_logit_scale"}),
+    ],
+)
+def test_only_what_is_trained_moves(tmp_path, settings, expected):
+    model = tiny_vipant()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = train(tmp_path, model, max_steps=2, **settings)
+    assert moved(before, model) == expected
+    assert not trainer.model.text_model.training
+
+
+def test_training_lowers_the_loss(tmp_path):
+    trainer = train(tmp_path, tiny_vipant(), micro_batch_size=4)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])
+
+
+def test_lars_rates_follow_the_global_batch(tmp_path):
+    trainer = train(tmp_path, tiny_vipant(), lars=True, max_steps=1, lr_scheduler_type="constant")
+    weights, biases = trainer.optimizer.param_groups
+    assert weights["lr"] == pytest.approx(0.2 * 8 / 256)
+    assert biases["lr"] == pytest.approx(0.0048 * 8 / 256)
+    assert min(p.ndim for p in weights["params"]) == 2 and max(p.ndim for p in biases["params"]) == 1
+
+
+def test_the_seeds_schedule(tmp_path):
+    """Warm-up over a share of the steps, then cosine to 0.1 %, for both groups alike."""
+    trainer = train(
+        tmp_path,
+        tiny_vipant(),
+        lars=True,
+        max_steps=10,
+        warmup_steps=0.2,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.001},
+    )
+    rates = [entry["learning_rate"] / (0.2 * 8 / 256) for entry in trainer.state.log_history if "loss" in entry]
+    expected = [0, 0.5] + [0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+def test_logit_scale_is_bounded(tmp_path):
+    model = tiny_vipant()
+    model.audio_logit_scale.data.fill_(math.log(20.0))
+    train(tmp_path, model, max_steps=2, max_logit_scale=15.0)
+    assert model.audio_logit_scale.item() == pytest.approx(math.log(15.0), abs=1e-3)
+    assert model.audio_logit_scale.item() <= math.log(15.0) + 1e-6
+    assert model.logit_scale.item() == pytest.approx(2.6592)  # CLIP's own is left alone
+
+
+def test_evaluation_reports_loss_and_retrieval_both_ways(tmp_path):
+    model = tiny_vipant()
+    trainer = train(tmp_path, model, max_steps=1)
+    metrics = trainer.evaluate(Pairs(7))
+    assert metrics["eval_loss"] > 0
+    model.eval()
+    inputs = {name: torch.stack([Pairs(7)[i][name] for i in range(7)]) for name in ("input_features", "pixel_values")}
+    with torch.no_grad():
+        output = model(**inputs)
+    scores = output.audio_embeds @ output.image_embeds.T
+    for name, matrix in (("audio_to_image", scores), ("image_to_audio", scores.T)):
+        hits = [(row > row[i]).sum().item() < 5 for i, row in enumerate(matrix)]
+        assert metrics[f"eval_{name}_r@5"] == pytest.approx(np.mean(hits))
+
+
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = tiny_vipant()
+    train(tmp_path / "whole", whole, **settings)
+    resumed = tiny_vipant()
+    trainer = ContrastiveTrainer(
+        resumed,
+        ContrastiveConfig(
+            output_dir=str(tmp_path / "again"),
+            use_cpu=True,
+            report_to=[],
+            per_device_train_batch_size=8,
+            learning_rate=2e-3,
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=Pairs(),
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": ["audio-video"]}, "pairs=.*audio-video.*choose among"),
+        ({"train_towers": ["text"]}, "choose among audio, image"),
+        ({"loss": "triplet"}, "neither 'contrastive' nor 'barlow_twins'"),
+        ({"micro_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_recipes_are_strict_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("pairs: [audio-text]\nlearning_rate: 1.0e-4\nlars: true\nuse_cpu: true\n")
+    config = parse_recipe(ContrastiveConfig, [str(recipe), "--learning_rate", "2e-4", "--output_dir", str(tmp_path)])
+    assert (config.pairs, config.learning_rate, config.lars) == (["audio-text"], 2e-4, True)
+    recipe.write_text("learning_rte: 1.0e-4\n")
+    with pytest.raises(ValueError, match="no setting `learning_rte`: did you mean `learning_rate`"):
+        parse_recipe(ContrastiveConfig, [str(recipe)])
+    with pytest.raises((SystemExit, ValueError)):
+        parse_recipe(ContrastiveConfig, ["--learning_rte", "1", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("recipe", sorted((REPO / "recipes" / "vipant").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(tmp_path, recipe):
+    config_class = TaggingConfig if recipe.stem.startswith("tagging") else ContrastiveConfig
+    parse_recipe(config_class, [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_starting_from_a_clip_folder(tmp_path):
+    tiny_clip().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tiny_processor().image_processor.save_pretrained(tmp_path)
+    model, processor = load_model_and_processor(str(tmp_path), num_frames=64)
+    assert model.config.audio_config.num_frames == processor.feature_extractor.num_frames == 64

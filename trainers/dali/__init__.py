@@ -1,0 +1,1 @@
+"""Trainers of DALI: prefix tuning, alignment, pseudo-captions, distillation, evaluation."""

@@ -1,0 +1,454 @@
+"""Stage 1b: an audio encoder learns, from video alone, tokens distributed like the image tokens of the frame.
+
+    python -m trainers.dali.alignment recipes/dali/alignment.yaml [--field value ...]
+
+One step: audio tokens A of a clip [B, n, d] and image tokens I of one of its frames [B, m, d] (frozen tower); token
+weights alpha, beta (uniform, or scored by cross-attention); a loss between the two weighted sets, averaged over the
+batch. Audio encoder, projection and scorers train.
+
+Source: *An Eye for an Ear* (arXiv 2410.05997), section on token distribution alignment; numbers of the released code.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, TrainingArguments
+
+from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.explain import save_scorers
+from trainers.dali import image_token_cache
+from trainers.dali.data_collator import AlignmentCollator
+from trainers.losses import (
+    EntropySchedule,
+    TransportScorer,
+    attentive_transport,
+    contrastive,
+    mean_tokens,
+    mmd,
+    optimal_transport,
+)
+from trainers.model_card import command_line
+from trainers.processes import leave_group
+from trainers.recipes import load_model, load_rows, parse_recipe
+from trainers.rows import require_columns, without_decoding
+from trainers.stage import StageTrainer
+
+LOSSES = ("mmd", "ot", "sinkhorn", "unbalanced_ot", "attentive_ot", "contrastive")
+
+
+@dataclass
+class AlignmentConfig(TrainingArguments):
+    """
+    Settings of stage 1b.
+
+    Args:
+        model: Folder or Hub id of a LLaVA checkpoint or of a DALI model.
+        audio_encoder: Where the audio encoder of a LLaVA checkpoint starts from (see [`load_model`]).
+        dtype: Of the frozen weights.
+        dataset: Data set with `audio` and `frames` or `image` (see [`load_rows`]).
+        train_split, eval_split: Its splits; no evaluation without the second.
+        train_rows: Rows of one pass over a stream; makes the training data be streamed.
+        max_skipped: Tolerated share of samples that cannot be decoded.
+        loss: `"mmd"`, `"ot"`, `"sinkhorn"`, `"unbalanced_ot"`, `"attentive_ot"` or `"contrastive"`.
+        epsilon: Entropic regularisation of `sinkhorn` and `unbalanced_ot`, relative to the mean cost.
+        marginal_penalty: Of `unbalanced_ot`, relative to the mean cost.
+        temperature: Of `contrastive`.
+        attentive_solver: Of `attentive_ot`: `"exact"`, `"sinkhorn"` or `"unbalanced"`.
+        scorer_heads: Heads of the scorers' attention; 0 for the paper's single plain attention.
+        scorer_temperature: Of the softmax over tokens.
+        uniform_mix: Share of uniform weights in the scored ones.
+        entropy_start, entropy_end: Weight lambda of the entropies, at first and in the end.
+        uniform_epochs: Epochs with uniform weights; from their end lambda falls.
+        entropy_decay_end: Epochs after which lambda is `entropy_end`.
+        mask_padding: Whether audio tokens that are padding only are left out of the loss.
+        augment: Whether to add noise and roll the time axis.
+        cache_image_tokens: Folder in which image tokens are kept, so that the image tower runs once per frame.
+        cache_features: Whether the features of all clips are kept in memory; for small data sets.
+        scorer_learning_rate: Of the scorers.
+        halve_after, halve_every: With `lr_scheduler_type: constant`, the learning rate is halved at these epochs:
+            after the first number, then every second number; never if the first is 0.
+
+    All other arguments are those of [`~transformers.TrainingArguments`].
+    """
+
+    # Model and data
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    audio_encoder: str | None = None
+    dtype: str = "float32"
+    dataset: str = ""
+    train_split: str = "train"
+    eval_split: str = ""
+    train_rows: int | None = None
+    max_skipped: float = 0.01
+    augment: bool = True
+    mask_padding: bool = False
+    cache_image_tokens: str | None = None
+    cache_features: bool = False
+
+    # Loss
+    loss: str = "attentive_ot"
+    epsilon: float = 5e-4
+    marginal_penalty: float = 1.0
+    temperature: float = 0.05
+
+    # Attentive optimal transport
+    attentive_solver: str = "exact"
+    scorer_heads: int = 8
+    scorer_temperature: float = 20.0
+    uniform_mix: float = 0.5
+    entropy_start: float = 500.0
+    entropy_end: float = 100.0
+    uniform_epochs: float = 1.0
+    entropy_decay_end: float = 5.0
+
+    # Optimisation
+    learning_rate: float = 1e-4
+    scorer_learning_rate: float = 1e-4
+    halve_after: float = 10.0
+    halve_every: float = 5.0
+    lr_scheduler_type: str = "constant"
+    adam_beta1: float = 0.95
+    adam_beta2: float = 0.999
+    weight_decay: float = 5e-7
+    max_grad_norm: float = 0.0
+    num_train_epochs: float = 20
+    per_device_train_batch_size: int = 256
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` is one of {', '.join(LOSSES)}, not {self.loss!r}.")
+
+
+class AlignmentModel(nn.Module):
+    """
+    Both encoders, the scorers and the loss. The language model has no part in this stage and stays outside.
+
+    Args:
+        dali: The model whose audio side trains.
+        args: Settings.
+    """
+
+    def __init__(self, dali: DaliForConditionalGeneration, args: AlignmentConfig):
+        super().__init__()
+        self.args = args
+        self.audio_tower = dali.model.audio_tower
+        self.audio_projection = dali.model.audio_projection
+        self.vision_tower = dali.model.vision_tower
+        if args.loss == "attentive_ot":
+            self.scorer = TransportScorer(
+                dali.model.audio_projection.out_features,
+                args.scorer_heads or None,
+                args.scorer_temperature,
+                args.uniform_mix,
+            )
+        self._dali = (dali,)  # in a tuple: its other parts are no parts of this module
+        self._no_split_modules = [*(dali.model.audio_tower._no_split_modules or []), *(dali._no_split_modules or [])]
+
+    @property
+    def dali(self) -> DaliForConditionalGeneration:
+        """The whole model."""
+        return self._dali[0]
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """Checkpoints the activations of the audio encoder."""
+        self.audio_tower.activation_checkpointing_enable(**kwargs)
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        pair_weight: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        uniform: bool = True,
+        entropy_weight: float = 0.0,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_features: [B, frames, bins].
+            pair_weight: [B], 0 for pairs that do not count.
+            pixel_values: [B, 3, height, width], or instead
+            image_tokens: [B, m, d].
+            input_features_mask: [B, frames]; leaves tokens of padding out of the loss.
+            uniform: Whether tokens weigh the same, whatever the scorers say.
+            entropy_weight: lambda.
+
+        Returns:
+            `losses` [B]; in eval mode also `audio` and `image`, moments of both token sets (see [`moments`]).
+        """
+        audio = self.dali.model.get_audio_tokens(input_features)  # A [B, n, d]
+        if pixel_values is not None:
+            with torch.no_grad():
+                image_tokens = self.dali.get_image_tokens(pixel_values)  # I [B, m, d]
+        assert image_tokens is not None, "a batch has `pixel_values` or `image_tokens`"
+        image = image_tokens.to(audio.dtype)
+        mask = None if input_features_mask is None else self.dali.model.audio_token_mask(input_features_mask)
+        weights: dict[str, Any] = {"audio_mask": mask, "pair_confidence": pair_weight}
+
+        losses: Any
+        match self.args.loss:
+            case "mmd":
+                losses = mmd(audio, image, **weights)
+            case "ot":
+                losses = optimal_transport(audio, image, **weights)
+            case "sinkhorn":
+                losses = optimal_transport(audio, image, solver="sinkhorn", epsilon=self.args.epsilon, **weights)
+            case "unbalanced_ot":
+                weights |= {"epsilon": self.args.epsilon, "marginal_penalty": self.args.marginal_penalty}
+                losses = optimal_transport(audio, image, solver="unbalanced", **weights)
+            case "attentive_ot":
+                alpha, beta = (None, None) if uniform else self.scorer(audio, image, audio_mask=mask)
+                solver = self.args.attentive_solver
+                losses = attentive_transport(audio, image, alpha, beta, entropy_weight, solver=solver, **weights)
+            case "contrastive":
+                pooled = mean_tokens(audio, mask), mean_tokens(image)
+                losses = contrastive(*pooled, 1 / self.args.temperature, pair_confidence=pair_weight)
+        if self.training:
+            return {"losses": losses}
+        return {"losses": losses, "audio": moments(audio, mask), "image": moments(image)}
+
+
+class AlignmentTrainer(StageTrainer):
+    """
+    Trains audio encoder, projection and scorers of a model.
+
+    Args:
+        model: A DALI model.
+        args: Settings.
+        processor: The model's processor.
+        train_dataset, eval_dataset: Rows with `audio` and `frames` or `image`.
+        kwargs: Further arguments of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: DaliForConditionalGeneration,
+        args: AlignmentConfig,
+        processor: DaliProcessor,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        torch.manual_seed(args.seed)
+        self.dali = model
+        self.schedule = EntropySchedule(
+            args.entropy_start, args.entropy_end, args.uniform_epochs, args.entropy_decay_end
+        )
+        collator = AlignmentCollator(
+            processor,
+            mask_padding=args.mask_padding,
+            augment=args.augment,
+            cache_features=args.cache_features,
+            max_skipped=args.max_skipped,
+            seed=args.seed,
+        )
+        if args.cache_image_tokens is not None:
+            folder = args.cache_image_tokens
+            collator.image_tokens = cache_image_tokens(folder, model, processor, args, train_dataset)
+        trained = ["audio_tower", "audio_projection", *(["scorer"] if args.loss == "attentive_ot" else [])]
+        if args.ddp_find_unused_parameters is None:  # scorers rest while weights are uniform
+            args.ddp_find_unused_parameters = args.loss == "attentive_ot"
+        wrapper = AlignmentModel(model, args)
+        super().__init__(
+            wrapper,
+            args,
+            trained,
+            processor,
+            train_dataset,
+            eval_dataset,
+            collator,
+            compute_metrics=alignment_metrics,
+            **kwargs,
+        )
+        self.label_names = ["pair_weight"]
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the pairs of the global batch that count."""
+        training = self.model.training
+        if training:
+            self.freeze()
+        step = self.schedule(self.state.epoch or 0.0)
+        uniform, entropy_weight = (step.uniform, step.entropy_weight) if training else (True, 0.0)
+        outputs = model(**inputs, uniform=uniform, entropy_weight=entropy_weight)
+        pairs = self.accelerator.reduce(inputs["pair_weight"].sum(), reduction="mean")  # of all processes
+        loss = outputs.pop("losses").sum() / pairs.clamp(min=torch.finfo(pairs.dtype).tiny)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer`'s, with lambda."""
+        if "loss" in logs and self.args.loss == "attentive_ot":
+            step = self.schedule(self.state.epoch or 0.0)
+            logs |= {"entropy_weight": step.entropy_weight, "uniform_weights": float(step.uniform)}
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Adam as published, or another `optim`; the scorers have a learning rate of their own."""
+        model = model or self.model
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in trained if "scorer." not in name], "lr": self.args.learning_rate},
+            {"params": [p for name, p in trained if "scorer." in name], "lr": self.args.scorer_learning_rate},
+        ]
+        groups = [group | {"weight_decay": self.args.weight_decay} for group in groups if group["params"]]
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.args.optim == TrainingArguments.default_optim:
+            optimizer_class = torch.optim.Adam
+            kwargs.pop("fused", None)
+        self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Scorers that rested so far have no optimizer state, and sharded loading wants some of all that trains.
+        rested = (self.state.epoch or 0.0) <= self.args.uniform_epochs
+        scorers = [p for name, p in self.trained_parameters() if rested and name.startswith("scorer.")]
+        for parameter in scorers:
+            parameter.requires_grad_(False)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter in scorers:
+            parameter.requires_grad_(True)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Halves a constant learning rate every few epochs, as published; other schedules are `Trainer`'s."""
+        args = self.args
+        halves = args.lr_scheduler_type == "constant" and args.halve_after
+        if halves and getattr(self, "lr_scheduler", None) is None:
+            global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            steps_per_epoch = math.ceil(len(self.train_dataset) / global_batch)
+
+            def factor(step: int) -> float:
+                late = step / steps_per_epoch - args.halve_after
+                return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / args.halve_every))
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Writes the whole DALI model, and the scorers beside it."""
+        state = None
+        if state_dict is None:
+            state_dict = self.model.state_dict()
+        else:
+            state = self.dali.state_dict() | {
+                f"model.{name}": t for name, t in state_dict.items() if "scorer." not in name
+            }
+        scorer = {name.removeprefix("scorer."): t for name, t in state_dict.items() if name.startswith("scorer.")}
+        self.dali.save_pretrained(folder, state_dict=state)
+        self.processing_class.save_pretrained(folder)
+        if scorer:
+            args = self.args
+            save_scorers(folder, scorer, args.scorer_heads, args.scorer_temperature, args.uniform_mix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def moments(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Mean token and mean squared length of the tokens of each set.
+
+    Args:
+        tokens: [B, n, d].
+        mask: [B, n], True for tokens that count.
+
+    Returns:
+        [B, d + 1], without gradient.
+    """
+    tokens = tokens.detach().float()
+    lengths = mean_tokens(tokens.square().sum(-1, keepdim=True), mask)
+    return torch.cat([mean_tokens(tokens, mask), lengths], dim=-1)
+
+
+def alignment_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    Retrieval between the mean tokens of sounds and pictures, both ways, and the modality gap.
+
+    Args:
+        prediction: Moments [N, d + 1] of both sides; as labels the weights [N] of the pairs.
+
+    Returns:
+        `audio_to_image_R@k`, `image_to_audio_R@k`: share of clips whose partner is among the k most similar (cosine);
+        `modality_gap`: distance of the means of all audio and all image tokens, over the root mean square distance
+        of tokens from the mean of their side.
+    """
+    counts = torch.from_numpy(prediction.label_ids) > 0
+    audio, image = (torch.from_numpy(side)[counts].double() for side in prediction.predictions)
+    similarity = nn.functional.normalize(audio[:, :-1], dim=-1) @ nn.functional.normalize(image[:, :-1], dim=-1).T
+    metrics: dict[str, float] = {}
+    for name, scores in (("audio_to_image", similarity), ("image_to_audio", similarity.T)):
+        better = (scores > scores.diagonal()[:, None]).sum(1)
+        metrics |= {f"{name}_R@{k}": float((better < k).double().mean()) for k in (1, 5, 10)}
+    means = [side[:, :-1].mean(0) for side in (audio, image)]
+    spreads = [
+        (side[:, -1].mean() - mean.square().sum()).clamp(min=0).sqrt()
+        for side, mean in zip((audio, image), means, strict=True)
+    ]
+    metrics["modality_gap"] = float((means[0] - means[1]).norm() / (sum(spreads) / 2))
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image tokens on disk
+
+
+def cache_image_tokens(
+    folder: str, model: DaliForConditionalGeneration, processor: DaliProcessor, args: TrainingArguments, rows
+) -> image_token_cache.ImageTokenCache:
+    """
+    Makes (what is missing of) the cache of the image tokens of a data set.
+
+    Raises:
+        ValueError: for a stream, or a folder that holds the tokens of other data.
+    """
+    if not hasattr(rows, "__len__"):
+        raise ValueError("`cache_image_tokens` needs a data set with a length, not a stream.")
+    require_columns(rows, [("image", "frames")], "training")
+    tower, device = model.model.vision_tower.eval().to(args.device), args.device
+
+    @torch.no_grad()
+    def encode(pictures: list) -> torch.Tensor:
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return model.get_image_tokens(pixels.to(device, tower.dtype))
+
+    identity = {
+        "weights": image_token_cache.weights_hash(tower),
+        "ids": image_token_cache.rows_hash(rows),
+        "preprocessing": processor.image_processor.to_json_string(),
+        "layers": [model.config.vision_feature_layer, model.config.vision_feature_select_strategy],
+    }
+    return image_token_cache.build(
+        folder,
+        without_decoding(rows),
+        encode,
+        identity,
+        args.per_device_train_batch_size,
+        args.process_index,
+        args.world_size,
+        barrier=torch.distributed.barrier if args.world_size > 1 else lambda: None,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains as the recipe says."""
+    config = parse_recipe(AlignmentConfig, sys.argv[1:] if arguments is None else arguments)
+    train_rows = load_rows(config.dataset, config.train_split, streaming=bool(config.train_rows))
+    eval_rows = load_rows(config.dataset, config.eval_split) if config.eval_split else None
+    model, processor = load_model(config.model, config.audio_encoder, config.dtype, config.seed)
+    trainer = AlignmentTrainer(model, config, processor, train_rows, eval_rows)
+    trainer.run(command_line(), config.dataset)
+
+
+if __name__ == "__main__":
+    main()
+    leave_group()

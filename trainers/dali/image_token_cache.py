@@ -1,0 +1,198 @@
+"""Image tokens of a frozen image tower, kept on disk so that it runs once per frame and not once per step.
+
+A folder holds `tokens.npy` (fp16 [frames of all rows, tokens, width], memory-mapped), `state.npy` (which frames are
+done), `offsets.npy` (where each row's frames begin) and `cache.json` (what the tokens belong to). Writing may be
+killed at any time: what is marked as done is done, and the rest is made by the next run.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from trainers.rows import UnreadableSampleError, pick_frame, read_image, sample_id
+
+logger = logging.get_logger(__name__)
+
+MISSING, DONE, UNREADABLE = 0, 1, 2
+
+
+class ImageTokenCache:
+    """
+    Image tokens of the frames of a data set, read row by row.
+
+    Args:
+        folder: A folder that `build` has filled.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.offsets = np.load(self.folder / "offsets.npy")
+        self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
+        self.state = np.load(self.folder / "state.npy", mmap_mode="r")
+
+    def __reduce__(self):
+        return ImageTokenCache, (self.folder,)  # dataloader workers map the files by themselves
+
+    def read(self, row: int, rng: np.random.Generator | None) -> torch.Tensor:
+        """
+        Tokens of a random frame of a row, or without randomness of the middle one.
+
+        Args:
+            row: Index of the row in its data set.
+            rng: Randomness of the sample.
+
+        Returns:
+            [tokens, width], fp16.
+
+        Raises:
+            UnreadableSampleError: if that frame could not be decoded.
+        """
+        first, end = self.offsets[row], self.offsets[row + 1]
+        if first == end:
+            raise UnreadableSampleError("the row has no frames")
+        frame = first + pick_frame(int(end - first), rng)
+        if self.state[frame] != DONE:
+            raise UnreadableSampleError(f"frame {frame - first} could not be decoded when image tokens were cached")
+        return torch.from_numpy(np.array(self.tokens[frame]))
+
+    def blank(self) -> torch.Tensor:
+        """Tokens of nothing [tokens, width]."""
+        return torch.zeros(self.tokens.shape[1:], dtype=torch.float16)
+
+
+def build(
+    folder: str | os.PathLike,
+    rows,
+    encode: Callable[[list], torch.Tensor],
+    identity: dict,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+) -> ImageTokenCache:
+    """
+    Fills a cache, or what is missing of one.
+
+    Args:
+        folder: Where it is kept.
+        rows: The data set, with `image` or `frames`.
+        encode: Image tokens [B, tokens, width] of a list of pictures.
+        identity: What makes the tokens what they are (weights, preprocessing).
+        batch_size: Pictures per call of `encode`.
+        process_index, num_processes: Which share of the rows this process does.
+        barrier: Waits for the other processes.
+
+    Raises:
+        ValueError: if the folder holds tokens of another data set or model, or the tokens do not fit into fp16.
+        OSError: if the disk has no room for them; says how much is needed.
+    """
+    folder = Path(folder)
+    identity = identity | {"rows": len(rows)}
+    if process_index == 0 and not (folder / "cache.json").exists():
+        _allocate(folder, rows, encode, identity)
+    barrier()
+    found = json.loads((folder / "cache.json").read_text())
+    if found != identity:
+        different = sorted(name for name in identity.keys() | found.keys() if identity.get(name) != found.get(name))
+        raise ValueError(
+            f"{folder} holds image tokens made with other {', '.join(different)}: delete it or choose another folder."
+        )
+    offsets = np.load(folder / "offsets.npy")
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
+    state = np.load(folder / "state.npy", mmap_mode="r+")
+    share = (row for row in range(process_index, len(rows), num_processes))
+    todo = ((row, range(offsets[row], offsets[row + 1])) for row in share)
+    pictures = _pictures(rows, ((row, frames) for row, frames in todo if (state[frames] == MISSING).any()), state)
+    for places, batch in _batches(pictures, batch_size):
+        values = encode(batch).half().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise ValueError("Image tokens do not fit into fp16: train without `cache_image_tokens`.")
+        tokens[places] = values
+        state[places] = DONE  # after the tokens: a kill between the two loses nothing
+    tokens.flush()
+    state.flush()
+    barrier()
+    return ImageTokenCache(folder)
+
+
+def _allocate(folder: Path, rows, encode, identity: dict) -> None:
+    """Makes the files; `cache.json` comes last and says that they are there."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [len(row["frames"] or []) if "frames" in row else 1 for row in _only_pictures(rows)]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    shape = (int(offsets[-1]), *encode([Image.new("RGB", (32, 32))]).shape[1:])
+    tokens = np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)
+    needed = tokens.nbytes
+    with (folder / "tokens.npy").open("r+b") as file:
+        try:  # memory-mapped writes to a full disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, needed + tokens.offset)
+        except OSError as error:
+            (folder / "tokens.npy").unlink()
+            raise OSError(f"Image tokens need {needed / 2**30:.1f} GiB in {folder}: {error}.") from error
+    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "state.npy", np.zeros(shape[0], dtype=np.uint8))
+    temporary = folder / "cache.json.part"
+    temporary.write_text(json.dumps(identity))
+    temporary.replace(folder / "cache.json")
+    logger.warning(f"Image tokens of {shape[0]} frames take {needed / 2**30:.2f} GiB in {folder}.")
+
+
+def _only_pictures(rows) -> Iterator[dict]:
+    """Rows without their sound, so that counting frames does not read it."""
+    if hasattr(rows, "select_columns"):
+        rows = rows.select_columns(["frames" if "frames" in rows.column_names else "image"])
+    return (rows[index] for index in range(len(rows)))
+
+
+def _pictures(rows, todo: Iterator[tuple[int, range]], state: np.ndarray) -> Iterator[tuple[int, object]]:
+    """Places and pictures of the frames that are missing; marks those that cannot be decoded."""
+    for index, frames in todo:
+        row = rows[index]
+        values = row["frames"] if "frames" in row else [row["image"]]
+        for place, value in zip(frames, values, strict=True):
+            if state[place] != MISSING:
+                continue
+            try:
+                yield place, read_image(value)
+            except (ValueError, OSError, SyntaxError) as error:
+                logger.warning(f"A frame of {sample_id(row | {'index': index})} is skipped: {error}")
+                state[place] = UNREADABLE
+
+
+def _batches(pictures: Iterator[tuple[int, object]], size: int) -> Iterator[tuple[list[int], list]]:
+    places: list[int] = []
+    batch: list = []
+    for place, picture in pictures:
+        places.append(place)
+        batch.append(picture)
+        if len(batch) == size:
+            yield places, batch
+            places, batch = [], []
+    if batch:
+        yield places, batch
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rows_hash(rows) -> str:
+    """A hash of the ids of a data set in their order."""
+    ids = rows["id"] if hasattr(rows, "select_columns") and "id" in rows.column_names else None
+    if ids is None:
+        ids = [sample_id(rows[index] | {"index": index}) for index in range(len(rows))]
+    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()

@@ -1,0 +1,200 @@
+"""Rows of a data set: which columns they must have, how their cells are decoded, what happens to those that cannot be.
+
+Columns: `id`, `audio` (path, bytes or `{"path", "bytes"}`), `image` or `frames` (the same, or PIL), `caption` or
+`captions`, `labels`. Training rows carry an `epoch`: what is random is then drawn from (seed, epoch, id) alone, so it
+is the same whichever worker, process or resumed run draws it.
+"""
+
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import soxr
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from modeling_dali.audio_io import load_audio
+
+logger = logging.get_logger(__name__)
+
+MAX_WORKERS = 64
+
+
+class TooManySkippedError(RuntimeError):
+    """More samples than allowed could not be decoded."""
+
+
+class UnreadableSampleError(ValueError):
+    """A row whose sound, picture or caption cannot be used."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+
+
+def column_names(rows) -> list[str]:
+    """Column names of a `datasets` data set, or the keys of the first row of anything else."""
+    names = getattr(rows, "column_names", None)
+    return list(names) if names else list(next(iter(rows), {}))
+
+
+def require_columns(rows, needed: Sequence[tuple[str, ...]], what: str) -> None:
+    """
+    Checks a data set before work starts.
+
+    Args:
+        rows: The data set.
+        needed: Groups of names, one of each of which must be there, such as `[("audio",), ("image", "frames")]`.
+        what: What the data set is for, for messages.
+
+    Raises:
+        ValueError: if it is empty, or a column is missing.
+    """
+    names = column_names(rows)
+    if not names or (hasattr(rows, "__len__") and len(rows) == 0):
+        raise ValueError(f"The data set for {what} is empty.")
+    for group in needed:
+        if not any(name in names for name in group):
+            raise ValueError(
+                f"The data set for {what} has no column `{'` or `'.join(group)}`; its columns are {', '.join(names)}."
+            )
+
+
+def without_decoding(rows):
+    """The same rows with sounds and pictures as paths or bytes: the collator decodes what it uses, and only that."""
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, (datasets.Audio, datasets.Image)):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def _payload(value):
+    """A path or bytes out of a cell."""
+    if isinstance(value, dict):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    return io.BytesIO(value) if isinstance(value, bytes) else value
+
+
+def read_audio(value, sampling_rate: int, seconds: float | None = None) -> np.ndarray:
+    """
+    Mono sound of a row.
+
+    Args:
+        value: The cell: a path, bytes, `{"path", "bytes"}` or `{"array", "sampling_rate"}`.
+        sampling_rate: Wanted rate in Hz.
+        seconds: Cut to this length.
+
+    Returns:
+        [samples], float32.
+
+    Raises:
+        UnreadableSampleError: if there is none, or it holds NaN.
+    """
+    if value is None:
+        raise UnreadableSampleError("the row has no sound")
+    if isinstance(value, dict) and value.get("array") is not None:
+        waveform, rate = np.atleast_2d(np.asarray(value["array"], dtype=np.float32)), value["sampling_rate"]
+    else:
+        waveform, rate = load_audio(_payload(value))
+    samples = waveform[0]
+    if seconds is not None:
+        samples = samples[: math.ceil(seconds * rate)]
+    if not np.isfinite(samples).all():
+        raise UnreadableSampleError("the sound holds NaN or infinite samples")
+    return samples if rate == sampling_rate else soxr.resample(samples, rate, sampling_rate)
+
+
+def read_image(value) -> Image.Image:
+    """Picture of a row: a PIL image, a path, bytes or `{"path", "bytes"}`."""
+    if value is None:
+        raise UnreadableSampleError("the row has no picture")
+    image = value if isinstance(value, Image.Image) else Image.open(_payload(value))
+    return image.convert("RGB")
+
+
+def sample_rng(seed: int, row: dict) -> np.random.Generator | None:
+    """Randomness of one training row; None for a row that is not trained on."""
+    if "epoch" not in row:
+        return None
+    return np.random.default_rng([seed, row["epoch"], zlib.crc32(sample_id(row).encode())])
+
+
+def sample_id(row: dict) -> str:
+    """The row's id, or its number where the data set has no ids."""
+    return str(row["id"] if row.get("id") is not None else row.get("index", "without id"))
+
+
+def pick(values: Sequence, rng: np.random.Generator | None, default: int) -> Any:
+    """A random one of `values`, or without randomness the one at `default`."""
+    return values[default if rng is None else int(rng.integers(len(values)))]
+
+
+def frame_count(row: dict) -> int:
+    """Pictures of a row."""
+    if "frames" not in row:
+        return 1
+    if not row["frames"]:
+        raise UnreadableSampleError("the row has no frames")
+    return len(row["frames"])
+
+
+def pick_frame(count: int, rng: np.random.Generator | None) -> int:
+    """A random frame, or without randomness the middle one."""
+    return pick(range(count), rng, count // 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples that cannot be decoded
+
+
+class SkippedSamples:
+    """
+    Counts samples that cannot be decoded, over all dataloader workers of a process.
+
+    Args:
+        max_share: Largest tolerated share of the samples seen so far (at least a hundred).
+    """
+
+    def __init__(self, max_share: float):
+        self.max_share = max_share
+        # Seen and skipped, one row a worker, in memory that all of them share.
+        self.counts = torch.zeros(MAX_WORKERS, 2, dtype=torch.int64).share_memory_()
+
+    @property
+    def seen(self) -> int:
+        """Samples tried."""
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def skipped(self) -> int:
+        """Samples that could not be decoded."""
+        return int(self.counts[:, 1].sum())
+
+    def attempt(self, read, row: dict):
+        """
+        `read(row)`, or None if the sample cannot be decoded.
+
+        Raises:
+            TooManySkippedError: if this one makes them more than the tolerated share.
+        """
+        worker = torch.utils.data.get_worker_info()
+        counts = self.counts[0 if worker is None else (worker.id + 1) % MAX_WORKERS]
+        counts[0] += 1
+        try:
+            return read(row)
+        except (ValueError, OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for broken PNG files
+            counts[1] += 1
+            logger.warning(f"Sample {sample_id(row)} is skipped: {error}")
+            if self.skipped > self.max_share * max(self.seen, 100):
+                raise TooManySkippedError(
+                    f"{self.skipped} of {self.seen} samples could not be decoded, more than {self.max_share:.1%} "
+                    f"(`max_skipped`); the last was {sample_id(row)}: {error}"
+                ) from error
+            return None

@@ -1,0 +1,1 @@
+"""Trainers of VIP-ANT: contrastive training, tagging, curation of captions, evaluation."""

@@ -1,0 +1,386 @@
+"""Contrastive training of VIP-ANT: sound, pictures and captions pulled together in CLIP's space.
+
+    python -m trainers.vipant.contrastive recipes/vipant/va_pretraining.yaml --output_dir runs/va
+    accelerate launch -m trainers.vipant.contrastive recipes/vipant/at_gold_captions.yaml --model runs/va \\
+        --output_dir runs/at
+
+VA pre-training trains the audio tower against the frozen image tower, AT fine-tuning against the frozen text tower.
+The loss spans the global batch: embeddings are gathered over processes, gradients are exact. With `micro_batch_size`
+gradients are cached (GradCache, arXiv 2101.06983), so that memory bounds the micro batch and not the global batch.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+
+from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
+from trainers.losses.barlow_twins import barlow_twins
+from trainers.losses.contrastive import contrastive
+from trainers.metrics.retrieval import retrieval_metrics
+from trainers.processes import leave_group
+from trainers.recipes import load_rows, parse_recipe
+from trainers.vipant.dataset import ClipDataset
+from trainers.vipant.lars import LARS, lars_groups
+
+INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
+TOWERS = {
+    "audio": ("audio_model", "audio_projection"),
+    "image": ("vision_model", "visual_projection"),
+    "text": ("text_model", "text_projection"),
+}
+
+
+@dataclass
+class ContrastiveConfig(TrainingArguments):
+    """Settings of `ContrastiveTrainer`; the defaults are VA pre-training as in the paper, with Adam.
+
+    Args:
+        model: Folder or Hub name of a VIP-ANT model, or of a CLIP model to start from.
+        dataset: Folder, file or Hub name of the data (see `trainers.vipant.dataset`).
+        train_split: Split to train on.
+        eval_split: Split to evaluate on; none if empty.
+        num_frames: Spectrogram frames of a new audio tower; 1000 is 10 s.
+        pairs: Which kinds are pulled together: "audio-image", "audio-text", "image-text".
+        train_towers: Which towers are trained; the others stay frozen and in eval mode.
+        loss: "contrastive" (symmetric cross entropy, both directions summed) or "barlow_twins".
+        max_logit_scale: Upper bound of the learnt logit scale.
+        micro_batch_size: Clips that go through the towers at once; None for the whole batch.
+        frequency_mask: Widest masked band in mel bins (SpecAugment); 0 for none.
+        time_mask: Longest masked stretch in frames (SpecAugment); 0 for none.
+        max_unreadable: Largest tolerated share of clips that cannot be read.
+        lars: Whether to use LARS in place of `optim`.
+        lars_weight_lr: LARS' rate of weight matrices per 256 clips of the global batch.
+        lars_bias_lr: LARS' rate of biases, norms and scales per 256 clips of the global batch.
+    """
+
+    # Model and data
+    model: str = "openai/clip-vit-base-patch32"
+    dataset: str = ""
+    train_split: str = "train"
+    eval_split: str = ""
+    num_frames: int = 1000
+    max_unreadable: float = 0.01
+    frequency_mask: int = 32
+    time_mask: int = 200
+
+    # Objective
+    pairs: list[str] = field(default_factory=lambda: ["audio-image"])
+    train_towers: list[str] = field(default_factory=lambda: ["audio"])
+    loss: str = "contrastive"
+    max_logit_scale: float = 100.0
+    micro_batch_size: int | None = None
+
+    # Optimisation
+    per_device_train_batch_size: int = 432
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-6
+    lars: bool = False
+    lars_weight_lr: float = 0.2
+    lars_bias_lr: float = 0.0048
+
+    # The batch is the objective's own: no partial batches, no columns dropped.
+    dataloader_drop_last: bool = True
+    remove_unused_columns: bool = False
+    # Logit scales get their gradient outside `forward`, which DDP would take for "unused".
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self):
+        """Checks the settings.
+
+        Raises:
+            ValueError: Naming the setting that has an impossible value.
+        """
+        super().__post_init__()
+        if not self.pairs or not set(self.pairs) <= {"audio-image", "audio-text", "image-text"}:
+            raise ValueError(f"pairs={self.pairs}: choose among audio-image, audio-text, image-text")
+        if not self.train_towers or not set(self.train_towers) <= set(self.modalities):
+            raise ValueError(f"train_towers={self.train_towers}: choose among {', '.join(self.modalities)}")
+        if self.loss not in ("contrastive", "barlow_twins"):
+            raise ValueError(f"loss={self.loss!r} is neither 'contrastive' nor 'barlow_twins'")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if not self.max_logit_scale > 1:
+            raise ValueError(f"max_logit_scale={self.max_logit_scale} must be greater than 1")
+
+    @property
+    def modalities(self) -> list[str]:
+        """The kinds of input that occur in `pairs`."""
+        return [kind for kind in INPUTS if any(kind in pair.split("-") for pair in self.pairs)]
+
+
+class ContrastiveTrainer(Trainer):
+    """Trains a `VipAntModel` with a loss over the global batch.
+
+    Args:
+        model: The model; towers outside `args.train_towers` are frozen.
+        args: A `ContrastiveConfig`.
+        **kwargs: As of `transformers.Trainer`.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(self, model: VipAntModel, args: ContrastiveConfig, **kwargs):
+        trained = {name for kind in args.train_towers for name in TOWERS[kind]}
+        if args.loss == "contrastive":
+            trained |= {scale_name(pair) for pair in args.pairs}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in trained)
+        super().__init__(model, args, **kwargs)
+        self.add_callback(_BoundLogitScale(args.max_logit_scale))
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None
+    ) -> torch.Tensor:
+        """Gradients of the loss over the global batch.
+
+        1. embed the micro batches; 2. gradient of the loss with respect to all embeddings; 3. back through the towers,
+        one micro batch after another. A single micro batch keeps its graph from 1, several are embedded again in 3.
+        """
+        model.train()
+        self._set_frozen_eval()
+        micro_batches = list(self._micro_batches(self._prepare_inputs(inputs)))
+        single = len(micro_batches) == 1
+
+        outputs, states = [], []
+        for micro_batch in micro_batches:
+            states.append(RandomState(*micro_batch.values()))
+            with torch.set_grad_enabled(single):
+                outputs.append(self._embed(model, micro_batch, self.args.modalities))
+        embeds = {kind: torch.cat([o[kind].detach() for o in outputs]).float() for kind in self.args.modalities}
+        loss, embed_grads, scale_grads = self._loss_and_gradients(embeds)
+
+        start = 0
+        for i, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
+            last = i == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                if single:
+                    output = outputs[0]
+                else:
+                    with state.restored():
+                        output = self._embed(model, micro_batch, self.args.train_towers)
+                stop = start + len(output[self.args.train_towers[0]])
+                # Its gradient is the chain rule's: d loss / d embeds, times d embeds / d weights.
+                surrogate = sum((output[kind] * grad[start:stop]).sum() for kind, grad in embed_grads.items())
+                if last:
+                    surrogate = surrogate + sum((scale * grad).sum() for scale, grad in scale_grads)
+                self.accelerator.backward(surrogate / self.current_gradient_accumulation_steps)
+                start = stop
+        return loss / self.current_gradient_accumulation_steps
+
+    def _loss_and_gradients(self, embeds: dict[str, torch.Tensor]):
+        """The loss, and its gradients for this process's embeddings and for the logit scales.
+
+        The losses gather over processes themselves and give gradients that DDP's mean makes those of the global batch.
+        """
+        leaves = {kind: tensor.requires_grad_(kind in self.args.train_towers) for kind, tensor in embeds.items()}
+        scales = self._scales()
+        scale_leaves = {name: scale.detach().requires_grad_(scale.requires_grad) for name, scale in scales.items()}
+        loss = pair_losses(leaves, scale_leaves, self.args.pairs, self.args.loss)
+        trained = [name for name, scale in scales.items() if scale.requires_grad]
+        grads = torch.autograd.grad(
+            loss, [leaves[kind] for kind in self.args.train_towers] + [scale_leaves[name] for name in trained]
+        )
+        embed_grads = dict(zip(self.args.train_towers, grads, strict=False))
+        scale_grads = [(scales[name], grad) for name, grad in zip(trained, grads[len(embed_grads) :], strict=True)]
+        return loss.detach(), embed_grads, scale_grads
+
+    def _whole_set(self, dataset) -> torch.utils.data.DataLoader:
+        """Batches of all examples: `dataloader_drop_last` is for training alone."""
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _scales(self) -> dict[str, torch.nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: getattr(model, name) for name in sorted({scale_name(pair) for pair in self.args.pairs})}
+
+    def _micro_batches(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        batch = len(next(iter(inputs.values())))
+        size = self.args.micro_batch_size or batch
+        for start in range(0, batch, size):
+            yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
+
+    def _embed(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], kinds: Sequence[str]) -> dict:
+        """Embeddings of some kinds of input by one call of the (wrapped) model."""
+        names = [name for kind in kinds for name in INPUTS[kind]]
+        with self.compute_loss_context_manager():
+            output = model(**{name: batch[name] for name in names if name in batch})
+        return {kind: output[f"{kind}_embeds"] for kind in kinds}
+
+    def _set_frozen_eval(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for kind, names in TOWERS.items():
+            if kind not in self.args.train_towers:
+                for name in names:
+                    getattr(model, name).eval()
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """LARS with rates scaled to the global batch, or what `optim` says."""
+        if self.optimizer is None and self.args.lars:
+            scale = self.args.train_batch_size * self.accelerator.num_processes / 256
+            groups = lars_groups(
+                self.model if model is None else model,
+                self.args.lars_weight_lr * scale,
+                self.args.lars_bias_lr * scale,
+            )
+            self.optimizer = LARS(groups, weight_decay=self.args.weight_decay)
+        return super().create_optimizer(model)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss of the evaluation batches, and retrieval over the whole set, both ways for each pair.
+
+        Returns:
+            `eval_loss`, and for each pair and direction recall and ranks, as `eval_audio_to_image_r@1`.
+        """
+        self.model.eval()
+        losses = []
+        collected: dict[str, list[torch.Tensor]] = {kind: [] for kind in self.args.modalities}
+        for batch in self._whole_set(self.eval_dataset if eval_dataset is None else eval_dataset):
+            output = self._embed(self.model, self._prepare_inputs(batch), self.args.modalities)
+            output = {kind: embeds.float() for kind, embeds in output.items()}
+            losses.append(pair_losses(output, self._scales(), self.args.pairs, self.args.loss))
+            for kind, embeds in self.accelerator.gather_for_metrics(output).items():
+                collected[kind].append(embeds)
+        embeds = {kind: torch.cat(parts) for kind, parts in collected.items()}
+        metrics = {"loss": self.accelerator.gather(torch.stack(losses)).mean().item()}
+        own = torch.eye(len(next(iter(embeds.values()))), dtype=torch.bool)
+        for pair in self.args.pairs:
+            one, other = pair.split("-")
+            scores = (embeds[one] @ embeds[other].T).cpu()
+            for direction, matrix in ((f"{one}_to_{other}", scores), (f"{other}_to_{one}", scores.T)):
+                metrics |= {f"{direction}_{name}": value for name, value in retrieval_metrics(matrix, own).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def scale_name(pair: str) -> str:
+    """The parameter that scales a pair's similarities: CLIP's own for image and text, the other with sound."""
+    return "audio_logit_scale" if "audio" in pair else "logit_scale"
+
+
+def pair_losses(
+    embeds: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor], pairs: Sequence[str], loss: str
+) -> torch.Tensor:
+    """Sum over pairs of this process's mean loss against the global batch.
+
+    Args:
+        embeds: `[batch, dim]` by kind of input.
+        scales: Logarithms of the logit scales by parameter name.
+        pairs: As `ContrastiveConfig.pairs`.
+        loss: As `ContrastiveConfig.loss`.
+    """
+    total = torch.zeros((), device=next(iter(embeds.values())).device)
+    for pair in pairs:
+        one, other = (embeds[kind] for kind in pair.split("-"))
+        if loss == "barlow_twins":
+            total = total + barlow_twins(one, other)
+        else:
+            total = total + contrastive(one, other, scales[scale_name(pair)].exp(), reduction="sum").mean()
+    return total
+
+
+class RandomState:
+    """Random state of the CPU and of the tensors' devices, so that a forward pass can be repeated with its dropout."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Replays the state within the block and leaves the one outside as it was."""
+        with torch.random.fork_rng(devices=self.devices):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield
+
+
+class _BoundLogitScale(TrainerCallback):
+    """Holds learnt logit scales at or below their upper bound, after each step."""
+
+    def __init__(self, max_logit_scale: float):
+        self.bound = math.log(max_logit_scale)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Clamps the parameters in place."""
+        for scale in (model.logit_scale, model.audio_logit_scale):
+            if scale.requires_grad:
+                scale.data.clamp_(max=self.bound)
+
+
+def load_model_and_processor(name: str, num_frames: int = 1000) -> tuple[VipAntModel, VipAntProcessor]:
+    """A VIP-ANT model with its processor, or a new one that starts from CLIP.
+
+    Args:
+        name: Folder or Hub name of a VIP-ANT or a CLIP model.
+        num_frames: Spectrogram frames. A trained audio tower takes any number, by interpolated positions.
+    """
+    if AutoConfig.from_pretrained(name).model_type != "clip":
+        model, processor = VipAntModel.from_pretrained(name), VipAntProcessor.from_pretrained(name)
+        processor.feature_extractor.num_frames = num_frames
+        return model, processor
+    processor = VipAntProcessor(
+        VipAntFeatureExtractor(num_frames=num_frames),
+        CLIPImageProcessorPil.from_pretrained(name),
+        AutoTokenizer.from_pretrained(name),
+    )
+    return VipAntModel.from_clip(name, num_frames=num_frames), processor
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains as the recipe says, evaluates, and saves model and processor to `output_dir`."""
+    config = parse_recipe(ContrastiveConfig, sys.argv[1:] if arguments is None else arguments)
+    model, processor = load_model_and_processor(config.model, config.num_frames)
+    data = {"processor": processor, "modalities": config.modalities, "max_unreadable": config.max_unreadable}
+    train = ClipDataset(
+        load_rows(config.dataset, config.train_split),
+        training=True,
+        frequency_mask=config.frequency_mask,
+        time_mask=config.time_mask,
+        **data,
+    )
+    evaluation = (
+        ClipDataset(load_rows(config.dataset, config.eval_split), training=False, **data)
+        if config.eval_split
+        else None
+    )
+    trainer = ContrastiveTrainer(
+        model,
+        config,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=train.collate,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if evaluation is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()
+    leave_group()

@@ -1,0 +1,153 @@
+"""Retrieval and zero-shot classification of VIP-ANT on a data set.
+
+    python -m trainers.vipant.evaluate retrieval --model runs/va --dataset clotho --num_frames 1800
+    python -m trainers.vipant.evaluate classification --model runs/va --dataset esc50 --output runs/va-esc50.json
+
+Retrieval needs the columns `audio` and `caption` or `captions`; classification `audio`, `labels` and, for a mean over
+folds, `fold`. Classification is scored with each prompt alone and with all together (the mean of their embeddings).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import torch
+from tqdm import tqdm
+
+from modeling_vipant import VipAntModel, VipAntProcessor
+from trainers.metrics.classification import class_prompts, classification_metrics, ensemble_prompts, zero_shot_scores
+from trainers.metrics.retrieval import audio_text_retrieval_metrics
+from trainers.recipes import load_rows
+from trainers.vipant.dataset import ClipDataset, TooManyUnreadableError
+from trainers.vipant.tagging import LabelEncoder, label_list
+
+PROMPTS = ("{}", "the sound of {}")  # the paper's: label names with and without a prompt
+
+
+@torch.inference_mode()
+def embed_sounds(
+    model: VipAntModel, processor: VipAntProcessor, rows: datasets.Dataset, batch_size: int = 32, workers: int = 0
+) -> torch.Tensor:
+    """Unit vectors of all sounds, `[rows, dim]`, on the CPU; raises TooManyUnreadableError at the first bad one."""
+    clips = ClipDataset(rows.select_columns(["audio"]), processor, ["audio"], training=False, max_unreadable=0.0)
+    loader = torch.utils.data.DataLoader(clips, batch_size, collate_fn=clips.collate, num_workers=workers)
+    parts = [
+        model.get_audio_features(batch["input_features"].to(model.device)).pooler_output.float().cpu()
+        for batch in tqdm(loader, desc="sounds", leave=False)
+    ]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def embed_texts(
+    model: VipAntModel, processor: VipAntProcessor, texts: Sequence[str], batch_size: int = 256
+) -> torch.Tensor:
+    """Unit vectors of texts, `[texts, dim]`, on the CPU."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        inputs = processor(text=list(texts[start : start + batch_size]), return_tensors="pt").to(model.device)
+        parts.append(model.get_text_features(**inputs).pooler_output.float().cpu())
+    return torch.cat(parts)
+
+
+def evaluate_retrieval(
+    model: VipAntModel, processor: VipAntProcessor, rows: datasets.Dataset, workers: int = 0
+) -> dict[str, float]:
+    """Retrieval between sounds and all their captions.
+
+    Returns:
+        As `audio_text_retrieval_metrics`.
+    """
+    several = "captions" in rows.column_names
+    by_clip = rows["captions"] if several else [[caption] for caption in rows["caption"]]
+    captions = [caption for own in by_clip for caption in own]
+    owner = [clip for clip, own in enumerate(by_clip) for _ in own]
+    scores = embed_sounds(model, processor, rows, workers=workers) @ embed_texts(model, processor, captions).T
+    return audio_text_retrieval_metrics(scores, owner)
+
+
+def evaluate_classification(
+    model: VipAntModel,
+    processor: VipAntProcessor,
+    rows: datasets.Dataset,
+    prompts: Sequence[str] = PROMPTS,
+    labels: Sequence[str] | None = None,
+    workers: int = 0,
+) -> dict[str, dict]:
+    """Zero-shot classification by prompts.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        rows: With `audio`, `labels` and maybe `fold`.
+        prompts: Templates with `{}` for the label.
+        labels: All classes; those that occur in `rows` if None.
+        workers: Processes that read sounds.
+
+    Returns:
+        By prompt, and under "ensemble" for all together: what `classification_metrics` gives, as plain numbers and
+        lists.
+    """
+    names = sorted({name for row in rows["labels"] for name in label_list(row)}) if labels is None else list(labels)
+    single = all(len(label_list(row)) == 1 for row in rows["labels"])
+    encode = LabelEncoder(names, multi_label=not single)
+    targets = torch.stack([encode(row) for row in rows["labels"]])
+    targets = targets if single else targets.bool()
+    folds = rows["fold"] if single and "fold" in rows.column_names else None
+    sounds = embed_sounds(model, processor, rows, workers=workers)
+    by_prompt = torch.stack([embed_texts(model, processor, texts) for texts in class_prompts(names, prompts)])
+    classes = dict(zip(prompts, by_prompt, strict=True))
+    if len(prompts) > 1:
+        classes["ensemble"] = ensemble_prompts(by_prompt)
+    results = {}
+    for prompt, embeds in classes.items():
+        metrics = classification_metrics(zero_shot_scores(sounds, embeds), targets, folds)
+        results[prompt] = {
+            name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()
+        }
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["retrieval", "classification"])
+    parser.add_argument("--model", required=True, help="VIP-ANT model: folder or Hub name")
+    parser.add_argument("--dataset", required=True, help="folder, file or Hub name")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--num_frames", type=int, help="frames a clip, 1000 for 10 s (default: the model's)")
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="templates with {} for the label")
+    parser.add_argument("--output", type=Path, help="JSON file with everything that was measured")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read sounds")
+    args = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = VipAntModel.from_pretrained(args.model).eval().to(device)
+        processor = VipAntProcessor.from_pretrained(args.model)
+        if args.num_frames is not None:
+            processor.feature_extractor.num_frames = args.num_frames
+        rows = load_rows(args.dataset, args.split)
+        results: dict
+        if args.task == "retrieval":
+            results = evaluate_retrieval(model, processor, rows, args.workers)
+        else:
+            results = evaluate_classification(model, processor, rows, args.prompts, workers=args.workers)
+    except (ValueError, OSError, KeyError, TooManyUnreadableError) as error:
+        sys.exit(f"error: {error}")
+    if args.output is not None:
+        ids = list(rows["id"]) if "id" in rows.column_names else None
+        record = {"model": args.model, "dataset": args.dataset, "split": args.split, "results": results, "ids": ids}
+        args.output.write_text(json.dumps(record, indent=2))
+    for name, value in results.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {value[key]:.4f}" for key in ("accuracy", "map") if key in value)
+            print(f"{name:24s} {shown}")
+        else:
+            print(f"{name:28s} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()
