@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_dali import DaliAudioConfig
-from modeling_dali.modeling_dali import DaliAudioModel
+from modeling_dali import DaliAudioConfig, DaliAudioModel
 from trainers.losses import optimal_transport
 from trainers.processes import run_in_processes
 

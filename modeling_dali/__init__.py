@@ -9,9 +9,10 @@ from transformers import (
     AutoProcessor,
 )
 
+from .audio_encoder_dali import DaliAudioModel
 from .configuration_dali import DaliAudioConfig, DaliConfig
 from .feature_extraction_dali import DaliFeatureExtractor
-from .modeling_dali import DaliAudioModel, DaliForConditionalGeneration, DaliModel
+from .modeling_dali import DaliForConditionalGeneration, DaliModel
 from .processing_dali import DaliProcessor
 
 # Where this package is imported the Auto classes know DALI without `trust_remote_code`.

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from modeling_dali import DaliAudioModel, DaliForConditionalGeneration
-from modeling_dali.modeling_dali import CACHE, sincos_positions
+from modeling_dali.audio_encoder_dali import sincos_positions
+from modeling_dali.modeling_dali import CACHE
 from tests.tiny import tiny_audio_config, tiny_dali, tiny_llava, tiny_tokenizer
 
 TOWERS = ["clip", "siglip"]

@@ -1,0 +1,374 @@
+"""
+The ear: audio encoder, projection, projector and soft prefix, the same for every captioner.
+
+    log-mel frames [B, 1024, 128]
+      -> audio_tower         CAV-MAE's audio branch               [B, 512, 768]
+      -> audio_projection    into the space of the image tokens   [B, 512, 1024]   <- "audio tokens"
+      -> audio_projector     into the language model's space      [B, 512, 4096]
+      -> in the place of `<audio>` placeholders
+
+Soft prefix tokens, where the ear holds some, stand in the place of `<prefix>` placeholders.
+"""
+
+import os
+from pathlib import Path
+from typing import get_args
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import is_peft_available
+
+from .audio_encoder_dali import build_audio_tower
+from .checkpoint_dali import AudioBackbone, read_audio_backbone
+from .configuration_dali import PrefixPosition, audio_width
+from .model_card_dali import model_card
+
+if is_peft_available():
+    from peft import PeftConfig, PromptTuningConfig, TaskType, load_peft_weights
+
+PREFIX_STD = 1e-4  # of new soft prefix tokens
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+class EarMixin(PreTrainedModel):
+    """
+    A module with an ear: its parts, and what they make of sound.
+
+    The module has a `config` with `audio_config`, `prefix_length` and a language model.
+    """
+
+    audio_tower: PreTrainedModel
+    audio_projection: nn.Linear
+    audio_projector: nn.Module
+    prefix: nn.Parameter | None
+
+    def build_ear(
+        self,
+        token_width: int,
+        projector: nn.Module,
+        audio_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
+    ) -> None:
+        """
+        Gives the module an ear; what is not given starts from random weights.
+
+        Args:
+            token_width: Width of the audio tokens: that of the image tokens which they are aligned with.
+            projector: From audio tokens to the language model's space; becomes part of the ear.
+            audio_encoder: A CAV-MAE or DALI checkpoint (`.pth`; of a DALI one the projection is taken too), or an
+                audio model, which becomes part of the ear.
+        """
+        config = self.config
+        if isinstance(audio_encoder, PreTrainedModel):
+            self.audio_tower = audio_encoder
+        else:
+            self.audio_tower = build_audio_tower(config.audio_config)
+        self.audio_projection = nn.Linear(audio_width(config.audio_config), token_width)
+        init.normal_(self.audio_projection.weight, std=config.get_text_config().initializer_range)
+        init.zeros_(self.audio_projection.bias)
+        self.audio_projector = projector
+        self.prefix = None
+        if config.prefix_length:
+            self.prefix = nn.Parameter(torch.zeros(config.prefix_length, config.get_text_config().hidden_size))
+        if isinstance(audio_encoder, (str, os.PathLike)):
+            self.load_audio_encoder(audio_encoder)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, EarMixin) and module.prefix is not None:
+            init.normal_(module.prefix, std=PREFIX_STD)
+
+    def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
+        """
+        Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this ear.
+
+        Returns:
+            What the file holds: also the scorers of attentive transport, which are no part of the model.
+
+        Raises:
+            ValueError: lists every tensor that the file lacks or has in another shape.
+        """
+        backbone = read_audio_backbone(path, self.audio_tower, self.audio_projection)
+        self.audio_tower.load_state_dict(backbone.encoder)
+        if backbone.projection is not None:
+            self.audio_projection.load_state_dict(backbone.projection)
+        return backbone
+
+    def get_audio_tokens(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+        """
+        Audio tokens in the space of the image tokens: what the projector reads, unprojected.
+
+        Args:
+            input_features: As the audio encoder takes them: log-mel frames [B, 1024, 128] by default.
+
+        Returns:
+            [B, tokens, width]: 512 x 1024 by default.
+        """
+        hidden_states = self.audio_tower(
+            **{self.audio_tower.main_input_name: input_features}, return_dict=True, **kwargs
+        ).last_hidden_state
+        if hidden_states.ndim == 4:  # CLAP's encoder gives a map [B, width, frequency, time]
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        return self.audio_projection(hidden_states)
+
+    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        Encodes clips.
+
+        Args:
+            input_features: As the audio encoder takes them: log-mel frames [B, 1024, 128] by default.
+
+        Returns:
+            `last_hidden_state`: audio tokens in the space of the image tokens [B, 512, 1024];
+            `pooler_output`: the same through the audio projector [B, 512, hidden size].
+        """
+        audio_tokens = self.get_audio_tokens(input_features, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=audio_tokens, pooler_output=self.audio_projector(audio_tokens)
+        )
+
+    def audio_token_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Which audio tokens have heard at least one frame that is not padding.
+
+        Args:
+            input_features_mask: [B, frames], 1 for sound and 0 for padding.
+
+        Returns:
+            Boolean mask [B, tokens].
+
+        Raises:
+            ValueError: with an audio encoder other than CAV-MAE's, whose tokens have no frames of their own.
+        """
+        config = self.config.audio_config
+        if config.model_type != "dali_audio":
+            raise ValueError(f"Tokens of the audio encoder `{config.model_type}` do not belong to single frames.")
+        rows, columns = config.grid
+        heard = input_features_mask.view(len(input_features_mask), columns, config.patch_size).any(-1)  # [B, columns]
+        return heard[:, None].expand(-1, rows, -1).flatten(1)
+
+    def encode_audio(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """
+        What stands in the place of `<audio>` placeholders: `pooler_output`, a list of [tokens, hidden size], one per
+        clip. With a mask, tokens that are padding only are left out.
+        """
+        features = self.get_audio_features(input_features)
+        if input_features_mask is None:
+            features.pooler_output = list(features.pooler_output)
+        else:
+            masks = self.audio_token_mask(input_features_mask)
+            features.pooler_output = [clip[mask] for clip, mask in zip(features.pooler_output, masks, strict=True)]
+        return features
+
+    def prefix_for(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """The soft tokens for `<prefix>` placeholders at `mask` [B, length]: the whole prefix in each row with any."""
+        rows = int(mask.any(-1).sum())
+        return None if self.prefix is None or rows == 0 else self.prefix.repeat(rows, 1)
+
+
+def fill_placeholders(
+    name: str, features: torch.Tensor | None, mask: torch.Tensor, inputs_embeds: torch.Tensor
+) -> torch.Tensor:
+    """
+    Puts features [tokens, hidden size] where `mask` [B, length] says that placeholders of `name` ("image", "audio",
+    "prefix") stand.
+
+    Raises:
+        ValueError: if there are more or fewer placeholders than features.
+    """
+    placeholders, available = int(mask.sum()), 0 if features is None else len(features)
+    if placeholders != available:
+        raise ValueError(
+            f"The text has {placeholders} <{name}> placeholders, but there are {available} {name} features. "
+            + {
+                "prefix": "Does the model hold a prefix (`config.prefix_length`), and of that length?",
+                "image": "Do `pixel_values` and the text come from one call of the processor?",
+                "audio": "Do `input_features`, `input_features_mask` and the text come from one call of the "
+                "processor? (A mask makes the model leave out the tokens that are padding only.)",
+            }[name]
+        )
+    if features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(mask[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+class DaliMixin(PreTrainedModel):
+    """What every captioner with an ear can do."""
+
+    @property
+    def ear(self) -> EarMixin:
+        """The module that holds the ear."""
+        raise NotImplementedError
+
+    # Loading and saving ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs
+    ):
+        """
+        Loads a saved DALI model, and takes no weight for granted.
+
+        All arguments are those of [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight of the model, holds one that the model has no place for, or
+                one of another shape (unless `ignore_mismatched_sizes`).
+        """
+        # Mismatches are let through here, to be named below together with everything else.
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        require_all_weights(info, str(args[0]) if args else "the checkpoint", ignore_mismatched_sizes)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Saves weights, configuration, generation configuration, the code that loads them (see `auto_map` in the
+        configuration) and, unless the folder has one, a model card. The processor is saved by its own
+        `save_pretrained`.
+
+        All arguments are those of [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        this = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = {"AutoConfig": f"configuration_dali.{type(self.config).__name__}"}
+        self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, this)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if kwargs.get("is_main_process", True) and not card.exists():
+            model_card(self.config, Path(save_directory).name).save(card)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> str:
+        """
+        Uploads what `save_pretrained` writes. A repository without a model card gets DALI's.
+
+        All arguments are those of [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repo_id, "README.md"):
+            model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
+
+    def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
+        """See [`EarMixin.load_audio_encoder`]."""
+        return self.ear.load_audio_encoder(path)
+
+    def add_media_tokens(self, tokenizer) -> None:
+        """
+        Adds `<audio>` and `<prefix>` to a tokenizer and tells the configuration their indices.
+
+        The embeddings grow if they have no spare rows for them. Rows of the two tokens that equal another row are
+        drawn anew: where a model gets embeddings only (PEFT's prompt tuning), placeholders are found by them.
+        """
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<audio>", "<prefix>"]}, replace_extra_special_tokens=False
+        )
+        indices = tokenizer.convert_tokens_to_ids(["<audio>", "<prefix>"])
+        self.config.audio_token_index, self.config.prefix_token_index = indices
+        if max(indices) >= self.get_input_embeddings().num_embeddings:
+            self.resize_token_embeddings(max(indices) + 1)
+        self.generation_config.suppress_tokens = indices  # placeholders are for prompts: the model never writes one
+        weight = self.get_input_embeddings().weight
+        with torch.no_grad():
+            for index in indices:
+                if (weight == weight[index]).all(-1).sum() > 1:
+                    weight[index].normal_(std=self.config.get_text_config().initializer_range)
+
+    # The prefix -----------------------------------------------------------------------------------------------------
+
+    def add_prefix(self, length: int = 16, position: PrefixPosition = "after_media") -> None:
+        """
+        Gives the model new soft prefix tokens, normal with standard deviation 1e-4.
+
+        Args:
+            length: Number of soft tokens.
+            position: `"after_media"` or `"front"` (see [`DaliConfig`]).
+        """
+        self.set_prefix(torch.randn(length, self.config.get_text_config().hidden_size) * PREFIX_STD, position)
+
+    def remove_prefix(self) -> None:
+        """Takes the soft prefix tokens off; prompts without `<prefix>` give what they gave before."""
+        self.ear.prefix = None
+        self.config.prefix_length = 0
+
+    def load_prefix(self, path: str | os.PathLike, position: PrefixPosition | None = None) -> None:
+        """
+        Loads soft prefix tokens from a PEFT prompt-tuning adapter.
+
+        Args:
+            path: Folder or Hub id of the adapter.
+            position: `"after_media"` or `"front"`; the configuration's by default.
+
+        Raises:
+            ValueError: if the adapter is not prompt tuning, or its tokens have another width than the language model.
+        """
+        adapter = PeftConfig.from_pretrained(str(path))
+        if adapter.peft_type != "PROMPT_TUNING":
+            raise ValueError(f"{path} holds a {adapter.peft_type} adapter, a PROMPT_TUNING one is needed.")
+        prefix = load_peft_weights(str(path), device="cpu")["prompt_embeddings"]
+        width = self.config.get_text_config().hidden_size
+        if prefix.shape[-1] != width:
+            raise ValueError(f"The prefix in {path} is {prefix.shape[-1]} wide, the language model {width}.")
+        self.set_prefix(prefix, position or self.config.prefix_position)
+
+    def save_prefix(self, path: str | os.PathLike) -> None:
+        """Saves the soft prefix tokens as a PEFT prompt-tuning adapter, which `load_prefix` and peft load."""
+        if self.ear.prefix is None:
+            raise ValueError("The model holds no prefix to save.")
+        text = self.config.get_text_config()
+        PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=len(self.ear.prefix),
+            token_dim=text.hidden_size,
+            num_transformer_submodules=1,
+            num_attention_heads=text.num_attention_heads,
+            num_layers=text.num_hidden_layers,
+            base_model_name_or_path=self.name_or_path or None,
+            inference_mode=True,
+        ).save_pretrained(str(path))
+        weights = {"prompt_embeddings": self.ear.prefix.detach().cpu().contiguous()}
+        save_file(weights, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def set_prefix(self, prefix: torch.Tensor, position: PrefixPosition = "after_media") -> None:
+        """Gives the model the soft prefix tokens `prefix` [length, hidden size], standing at `position`."""
+        if position not in get_args(PrefixPosition):
+            raise ValueError(f"A prefix stands `after_media` or in `front`, not at `{position}`.")
+        self.ear.prefix = nn.Parameter(prefix.to(self.device, self.dtype).clone())
+        self.config.prefix_length = len(prefix)
+        self.config.prefix_position = position
+
+    # Forward and generation -----------------------------------------------------------------------------------------
+
+    # Sound ----------------------------------------------------------------------------------------------------------
+
+    def get_audio_tokens(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+        """See [`EarMixin.get_audio_tokens`]."""
+        return self.ear.get_audio_tokens(input_features, **kwargs)
+
+    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`EarMixin.get_audio_features`]."""
+        return self.ear.get_audio_features(input_features, **kwargs)
+
+
+def require_all_weights(info: dict, source: str, ignore_mismatched_sizes: bool = False) -> None:
+    """
+    Raises:
+        ValueError: if loading `source` left weights at random values or out of the model; lists them.
+    """
+    problems = {
+        "missing in the checkpoint": info["missing_keys"],
+        "without a place in the model": info["unexpected_keys"],
+        "of another shape": [] if ignore_mismatched_sizes else [key for key, *_ in info["mismatched_keys"]],
+    }
+    lines = [f"- {what}: {', '.join(sorted(keys))}" for what, keys in problems.items() if keys]
+    if lines:
+        raise ValueError(f"The weights of {source} do not fit the model.\n" + "\n".join(lines))
+
+
+__all__ = ["DaliMixin", "EarMixin", "fill_placeholders", "require_all_weights"]
