@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # What `make demo` captions at its end: real files where they are at hand, else sounds of the demo's own world.
 FILES ?= $(wildcard ../shared/data/videos/*.mp4) $(wordlist 1,6,$(wildcard ../shared/data/stamps/*.ogg))
 
-.PHONY: setup demo demo-vipant ablation test lint typecheck clean
+.PHONY: setup demo demo-vipant ablation test hf-tests lint typecheck clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,17 @@ ablation: $(STAMP)
 # One thread a process: many tests start processes of their own, and threads would fight for the cores.
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# transformers' own common tests: they come with its source distribution, which is unpacked outside the project.
+SOURCES ?= $(HOME)/.cache/dali-audio
+
+hf-tests: $(STAMP)
+	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
+	{ test -d $(SOURCES)/transformers-$$version/tests || { \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(SOURCES) transformers==$$version && \
+	tar -xzf $(SOURCES)/transformers-$$version.tar.gz -C $(SOURCES); }; } && \
+	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest tests/hf_common
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

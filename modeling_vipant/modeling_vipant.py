@@ -117,9 +117,9 @@ class VipAntAudioEmbeddings(nn.Module):
         features = input_features[:, None].to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(features).flatten(2).transpose(1, 2)  # [batch, time * frequency, width]
         class_token = self.class_embedding.expand(len(patches), 1, -1)
-        positions = interpolate_positions(
-            self.position_embedding.weight, self.config.grid, self.config.grid_for(num_frames)
-        )
+        # By a call, as a module that is offloaded fetches its weight then.
+        stored = self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=patches.device))
+        positions = interpolate_positions(stored, self.config.grid, self.config.grid_for(num_frames))
         return torch.cat([class_token, patches], dim=1) + positions
 
 
@@ -192,6 +192,7 @@ class VipAntModel(VipAntPreTrainedModel):
     CLIP's and scales image-text similarity; `audio_logit_scale` scales every similarity with sound.
     """
 
+    main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = (r".*\.position_ids", r"classifier\..*")
 
     def __init__(self, config: VipAntConfig):

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -262,3 +264,29 @@ def test_gradient_checkpointing_gives_the_same_gradients(inputs):
         model(input_features=inputs["input_features"], input_ids=inputs["input_ids"], return_loss=True).loss.backward()
         gradients.append(model.audio_model.embeddings.patch_embedding.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_towers_give_the_same(model, inputs, place, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(["text_model", "vision_model", "audio_model"], place)
+    projections = {"text_projection": "cpu", "visual_projection": "cpu", "audio_projection": "cpu"}
+    offloaded = VipAntModel.from_pretrained(
+        tmp_path / "model",
+        device_map=places | projections | {"logit_scale": "cpu", "audio_logit_scale": "cpu"},
+        offload_folder=tmp_path / "offload",
+    )
+    longer = inputs | {"input_features": torch.randn(3, NUM_FRAMES + 16, NUM_BINS)}  # interpolates its positions
+    with torch.no_grad():
+        expected, got = model(**longer), offloaded(**longer)
+    assert torch.equal(got.logits_per_audio, expected.logits_per_audio)
+    assert torch.equal(got.logits_per_image, expected.logits_per_image)
+
+
+def test_accelerate_offloads_every_submodule(model, inputs):
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu", offload_buffers=True)
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+    with torch.no_grad():
+        assert torch.equal(offloaded(**inputs).logits_per_audio, model(**inputs).logits_per_audio)
