@@ -155,7 +155,7 @@ def naive_on_captions(stage: str, folder: str) -> Callable[[], None]:
     model, processor = build()
     if stage == "prefix":
         model.add_prefix(16)
-        processor.prefix_length = 16
+        processor.follow(model.config)
         weights = [model.model.prefix]
     else:
         weights = list(model.model.audio_projector.parameters())

@@ -36,7 +36,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_dali.processing_dali import CHAT_TEMPLATE, IGNORED, QUESTION
+from modeling_dali.processing_audio import IGNORED, QUESTION
+from modeling_dali.processing_dali import CHAT_TEMPLATE
 from trainers.model_card import command_line
 from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe

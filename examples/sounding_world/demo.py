@@ -290,8 +290,7 @@ class Demo:
         model, processor = load_model(str(self.output / folder), seed=self.config.seed)
         if prefix:
             model.load_prefix(self.output / "prefix")
-            processor.prefix_length = model.config.prefix_length
-            processor.prefix_position = model.config.prefix_position
+            processor.follow(model.config)
         return model.eval(), processor
 
     def world(self) -> None:
@@ -453,7 +452,7 @@ class Demo:
         """Captions of the test pictures without a prefix, and the logits of the first of them."""
         model, processor = self.model(folder)
         model.remove_prefix()
-        processor.prefix_length = 0
+        processor.follow(model.config)
         rows = self.rows("test").select_columns(["id", "image"])
         captions, _ = predict(model, processor, rows, EvaluationConfig(modality="image", batch_size=100))
         inputs = processor(text=processor.caption_prompt("image"), images=[rows[0]["image"]], return_tensors="pt")

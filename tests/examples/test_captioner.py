@@ -15,7 +15,7 @@ from examples.sounding_world.captioner import (
     texts_of,
     word_tokenizer,
 )
-from modeling_dali.processing_dali import IGNORED, QUESTION
+from modeling_dali.processing_audio import IGNORED, QUESTION
 from tests.trainers.stages import moved, settings, state
 
 SIZES = {"image_size": 32, "hidden_size": 32, "vision_layers": 1, "text_layers": 1, "seed": 0}

@@ -18,7 +18,7 @@ def with_prefix(position, length=5, tower="clip"):
     model.add_prefix(length, position)
     with torch.no_grad():
         model.model.prefix.mul_(100)  # large enough to show
-    processor.prefix_length, processor.prefix_position = length, position
+    processor.follow(model.config)
     return model, processor
 
 
@@ -83,7 +83,7 @@ def test_taking_the_prefix_off_leaves_nothing(position):
         before = model(**inputs).logits
         model.add_prefix(5, position)
         assert torch.equal(model(**inputs).logits, before)  # a prompt without `<prefix>` does not see it
-        processor.prefix_length, processor.prefix_position = 5, position
+        processor.follow(model.config)
         assert not torch.equal(model(**ask(processor, [sound(0), sound(1)])).logits[:, -1], before[:, -1])
         model.remove_prefix()
         assert torch.equal(model(**inputs).logits, before)
@@ -125,7 +125,7 @@ def test_an_adapter_trained_with_peft_loads(tmp_path):
     peft_model.save_pretrained(tmp_path)
     ours, processor = tiny_dali()
     ours.load_prefix(tmp_path, "front")
-    processor.prefix_length, processor.prefix_position = 3, "front"
+    processor.follow(ours.config)
     with torch.no_grad():
         logits = ours(**ask(processor, [sound()])).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)

@@ -92,7 +92,7 @@ def test_too_long_is_an_error_or_cut_with_a_warning(dali, caplog):
     kwargs = {"text": "<audio>", "audio": [sound(4 * WINDOW)], "sampling_rate": RATE, "return_tensors": "pt"}
     with pytest.raises(ValueError, match=r"2.6 s long, over the 1.3 s of 2 windows: raise `max_windows`"):
         processor(**kwargs, max_windows=2)
-    logger = logging.getLogger("modeling_dali.processing_dali")
+    logger = logging.getLogger("modeling_dali.processing_audio")
     logger.addHandler(caplog.handler)
     try:
         inputs = processor(**kwargs, max_windows=2, truncation=True)

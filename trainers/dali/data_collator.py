@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_dali.processing_dali import IGNORED, MODALITIES, QUESTION
+from modeling_dali.processing_audio import IGNORED, MODALITIES, QUESTION
 from trainers.rows import (
     SkippedSamples,
     UnreadableSampleError,

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_dali import QUESTION
+from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.dali.pseudo_captions import read_captions
 from trainers.model_card import command_line
@@ -106,7 +106,7 @@ class DistillationTrainer(StageTrainer):
     ):
         torch.manual_seed(args.seed)
         model.remove_prefix()
-        processor.prefix_length = 0
+        processor.follow(model.config)
         trained = ["model.audio_projector"]
         if args.train_audio_encoder:
             trained += ["model.audio_tower", "model.audio_projection"]

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_dali import MODALITIES, QUESTION
+from modeling_dali.processing_audio import MODALITIES, QUESTION
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard
 from trainers.metrics.captioning import METRICS, caption_metrics
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
     if config.prefix:
         model.load_prefix(config.prefix)
-        processor.prefix_length, processor.prefix_position = model.config.prefix_length, model.config.prefix_position
+        processor.follow(model.config)
     if torch.cuda.is_available():
         model = model.to("cuda")
     summary = evaluate(model, processor, rows, config)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_dali import QUESTION
+from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.model_card import command_line
 from trainers.processes import leave_group
@@ -93,7 +93,7 @@ class PrefixTuningTrainer(StageTrainer):
     ):
         torch.manual_seed(args.seed)
         model.add_prefix(args.prefix_length, args.prefix_position)
-        processor.prefix_length, processor.prefix_position = args.prefix_length, args.prefix_position
+        processor.follow(model.config)
         collator = DaliDataCollator(
             processor, "image", question=args.question, max_skipped=args.max_skipped, seed=args.seed
         )

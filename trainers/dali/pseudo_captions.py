@@ -27,7 +27,7 @@ from transformers.utils import logging
 from datasets_scripts.workers import run_tasks
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.configuration_dali import PrefixPosition
-from modeling_dali.processing_dali import MODALITIES, QUESTION
+from modeling_dali.processing_audio import MODALITIES, QUESTION
 from trainers.dali.data_collator import CaptionSample, DaliDataCollator
 from trainers.recipes import load_model, load_rows, parse_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
@@ -208,7 +208,7 @@ def open_model(config: PseudoCaptionConfig) -> tuple[DaliForConditionalGeneratio
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
     if config.prefix:
         model.load_prefix(config.prefix, config.prefix_position)
-        processor.prefix_length, processor.prefix_position = model.config.prefix_length, model.config.prefix_position
+        processor.follow(model.config)
     return model, processor
 
 
