@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # What `make demo` captions at its end: real files where they are at hand, else sounds of the demo's own world.
 FILES ?= $(wildcard ../shared/data/videos/*.mp4) $(wordlist 1,6,$(wildcard ../shared/data/stamps/*.ogg))
 
-.PHONY: setup demo demo-vipant ablation test hf-tests lint typecheck clean
+.PHONY: setup demo demo-vipant ablation test hf-tests docs lint typecheck clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,7 @@ ablation: $(STAMP)
 
 # One thread a process: many tests start processes of their own, and threads would fight for the cores.
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report term
 
 # transformers' own common tests: they come with its source distribution, which is unpacked outside the project.
 SOURCES ?= $(HOME)/.cache/dali-audio
@@ -43,6 +43,9 @@ hf-tests: $(STAMP)
 	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest tests/hf_common
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +54,4 @@ typecheck: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info .coverage*

@@ -1,5 +1,7 @@
 """DALI for Hugging Face transformers: a LLaVA captioner that hears."""
 
+__version__ = "0.1.0"
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,

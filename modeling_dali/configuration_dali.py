@@ -18,8 +18,14 @@ class DaliAudioConfig(PreTrainedConfig):
         num_frames: Frames of the log-mel input (time).
         num_mel_bins: Mel bins of the log-mel input (frequency).
         patch_size: Side of the square patches, which do not overlap; divides both sizes above.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
-        attention_dropout, initializer_range: As in any ViT.
+        hidden_size: Width of the tokens. This and what follows is as in any ViT.
+        num_hidden_layers: Transformer blocks.
+        num_attention_heads: Heads of each block; divide the width.
+        intermediate_size: Width of the MLP.
+        hidden_act: Its activation.
+        layer_norm_eps: Of every LayerNorm.
+        attention_dropout: Share of attention weights that are dropped in training.
+        initializer_range: Standard deviation of new weights.
 
     Source: CAV-MAE's audio branch as used by DALI (8 x 64 = 512 tokens of width 768).
     """

@@ -17,7 +17,7 @@ def class_prompts(labels: Sequence[str], templates: Sequence[str] = PROMPTS) -> 
         templates: Each with one `{}`; `"{}"` gives the bare name.
 
     Returns:
-        One list of prompts per template, over all classes: [templates][classes].
+        For each template a list with one prompt a class.
 
     Raises:
         ValueError: If there are fewer than two classes, a name occurs twice, or a template has no `{}`.
