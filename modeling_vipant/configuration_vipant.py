@@ -1,6 +1,6 @@
 """Configuration of VIP-ANT: CLIP's text and image towers, and an audio tower of the same kind."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
@@ -15,7 +15,9 @@ class VipAntAudioConfig(PreTrainedConfig):
 
     Args:
         num_mel_bins: Mel bins of a spectrogram frame.
-        num_frames: Frames (10 ms each) the stored positions stand for; other lengths interpolate them.
+        num_frames: Frames (10 ms each) the stored positions stand for; longer spectrograms interpolate them.
+        shorter_positions: Positions of a spectrogram of fewer frames: "slice" takes the stored ones from time step 6
+            on (or the last that suffice), as VIP-ANT does; "interpolate" squeezes all of them into the shorter time.
         num_channels: Input channels of the stored patch kernel; their mean is what a spectrogram meets.
         patch_size: Patch height (time frames) and width (mel bins).
         patch_stride: Step between patches in time frames and mel bins.
@@ -31,6 +33,7 @@ class VipAntAudioConfig(PreTrainedConfig):
     num_channels: int = 3
     num_mel_bins: int = 128
     num_frames: int = 1000
+    shorter_positions: Literal["slice", "interpolate"] = "slice"
     patch_size: list[int] | tuple[int, ...] = (32, 32)
     patch_stride: list[int] | tuple[int, ...] = (16, 24)
     hidden_act: str = "quick_gelu"
@@ -76,8 +79,7 @@ class VipAntConfig(PreTrainedConfig):
         vision_config: CLIP's image tower (`CLIPVisionConfig` or its dict).
         audio_config: The audio tower (`VipAntAudioConfig` or its dict).
         projection_dim: Width of the common embedding space.
-        logit_scale_init_value: Logarithm of the first logit scale; ln(1 / 0.07).
-        classifier_hidden_size: Width of the hidden layer of the classification head; None for a linear head.
+        logit_scale_init_value: Logarithm of the first logit scales; ln(1 / 0.07).
         initializer_range: Standard deviation of the classification head's initial weights.
         initializer_factor: Factor on the standard deviations of CLIP's initial weights.
     """
@@ -94,7 +96,6 @@ class VipAntConfig(PreTrainedConfig):
     audio_config: Any = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
-    classifier_hidden_size: int | None = None
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 

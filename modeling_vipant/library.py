@@ -394,6 +394,6 @@ def classify(
         raise LibraryError(f"the prompt {prompt!r} has no {{}} for the label")
     texts = embedder.texts([prompt.replace("{}", name) for name in names])
     sounds = embedder.sounds([embedder.windows(path)[0] for path in paths])
-    scale = embedder.model.audio_logit_scale.detach().float().exp().cpu()
+    scale = embedder.model.audio_text_logit_scale.detach().float().exp().cpu()
     probabilities = (scale * sounds @ texts.T).softmax(-1).tolist()
     return [sorted(zip(names, row, strict=True), key=lambda pair: -pair[1]) for row in probabilities]

@@ -23,6 +23,24 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vipant import VipAntAudioConfig, VipAntConfig
 
+FIRST_SLICED_STEP = 6  # of time; where the positions of shorter spectrograms begin
+
+
+def slice_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """A class position and consecutive time steps of a grid of patch positions.
+
+    Args:
+        positions: `[1 + time * frequency, width]`, the class token's first.
+        grid: Time steps and frequency bands of `positions`.
+        new_grid: Those wanted: no more time steps, as many bands.
+
+    Returns:
+        `[1 + new_time * frequency, width]`.
+    """
+    (time, frequency), (new_time, _) = grid, new_grid
+    start = 1 + min(FIRST_SLICED_STEP, time - new_time) * frequency
+    return torch.cat([positions[:1], positions[start : start + new_time * frequency]])
+
 
 def interpolate_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """Bilinear interpolation of a class position and a grid of patch positions.
@@ -52,6 +70,13 @@ def symmetric_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
 
 
+def embed(outputs: BaseModelOutputWithPooling, projection: nn.Linear, normalize: bool) -> BaseModelOutputWithPooling:
+    """Puts the embeddings, projected and of unit length if wanted, in the place of a tower's `pooler_output`."""
+    embeds = projection(outputs.pooler_output)
+    outputs.pooler_output = F.normalize(embeds, dim=-1) if normalize else embeds
+    return outputs
+
+
 @dataclass
 class VipAntOutput(ModelOutput):
     """What `VipAntModel` gives; what belongs to an absent input is None.
@@ -62,7 +87,8 @@ class VipAntOutput(ModelOutput):
         logits_per_text: `[text, audio]`, or `[text, image]` when there is no audio.
         logits_per_image: `[image, text]`, or `[image, audio]` when there is no text.
         audio_embeds: `[audio, projection_dim]`, of unit length; also `text_embeds`, `image_embeds`.
-        audio_model_output: Output of the audio tower; also `text_model_output`, `vision_model_output`.
+        audio_model_output: Output of the audio tower, its `pooler_output` the embedding before it is given unit
+            length; also `text_model_output`, `vision_model_output`.
     """
 
     loss: torch.Tensor | None = None
@@ -119,8 +145,10 @@ class VipAntAudioEmbeddings(nn.Module):
         class_token = self.class_embedding.expand(len(patches), 1, -1)
         # By a call, as a module that is offloaded fetches its weight then.
         stored = self.position_embedding(torch.arange(self.position_embedding.num_embeddings, device=patches.device))
-        positions = interpolate_positions(stored, self.config.grid, self.config.grid_for(num_frames))
-        return torch.cat([class_token, patches], dim=1) + positions
+        grid, new_grid = self.config.grid, self.config.grid_for(num_frames)
+        shorter = new_grid[0] < grid[0] and self.config.shorter_positions == "slice"
+        resize = slice_positions if shorter else interpolate_positions
+        return torch.cat([class_token, patches], dim=1) + resize(stored, grid, new_grid)
 
 
 class VipAntPreTrainedModel(CLIPPreTrainedModel):
@@ -145,8 +173,10 @@ class VipAntPreTrainedModel(CLIPPreTrainedModel):
         elif isinstance(module, VipAntModel):
             for projection in (module.audio_projection, module.text_projection, module.visual_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * factor)
+            for scale in (module.logit_scale, module.audio_image_logit_scale, module.audio_text_logit_scale):
+                init.constant_(scale, self.config.logit_scale_init_value)
+        elif isinstance(module, VipAntClassificationHead):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-            init.constant_(module.audio_logit_scale, self.config.logit_scale_init_value)
 
 
 class VipAntAudioModel(VipAntPreTrainedModel):
@@ -189,7 +219,7 @@ class VipAntModel(VipAntPreTrainedModel):
     """Sound, image and text towers with one embedding space.
 
     Image and text towers are CLIP's and carry CLIP's parameter names, so CLIP checkpoints load. `logit_scale` is
-    CLIP's and scales image-text similarity; `audio_logit_scale` scales every similarity with sound.
+    CLIP's and scales image-text similarity; `audio_image_logit_scale` and `audio_text_logit_scale` are those of sound.
     """
 
     main_input_name = "input_ids"
@@ -204,7 +234,8 @@ class VipAntModel(VipAntPreTrainedModel):
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.audio_projection = nn.Linear(config.audio_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
-        self.audio_logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.audio_image_logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.audio_text_logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
     @classmethod
@@ -276,6 +307,7 @@ class VipAntModel(VipAntPreTrainedModel):
         self,
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
+        normalize: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Embeds sounds.
@@ -284,37 +316,38 @@ class VipAntModel(VipAntPreTrainedModel):
             input_features: Normalised log-mel spectrograms, `[batch, frames, bins]`; any number of frames.
             input_features_mask: Accepted from the front end and not used: padding is silence to the tower, as it was
                 in training.
+            normalize: Whether embeddings are given unit length.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            The tower's output with `pooler_output` `[batch, projection_dim]` of unit length.
+            The tower's output with the embeddings `[batch, projection_dim]` as its `pooler_output`.
         """
         outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
-        outputs.pooler_output = F.normalize(self.audio_projection(outputs.pooler_output), dim=-1)
-        return outputs
+        return embed(outputs, self.audio_projection, normalize)
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, normalize: bool = True, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """Embeds images.
 
         Args:
             pixel_values: `[batch, 3, height, width]`, from CLIP's image processor.
+            normalize: Whether embeddings are given unit length.
             **kwargs: `interpolate_pos_encoding`, `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            The tower's output with `pooler_output` `[batch, projection_dim]` of unit length.
+            The tower's output with the embeddings `[batch, projection_dim]` as its `pooler_output`.
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        outputs.pooler_output = F.normalize(self.visual_projection(outputs.pooler_output), dim=-1)
-        return outputs
+        return embed(outputs, self.visual_projection, normalize)
 
     @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        normalize: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Embeds texts.
@@ -322,14 +355,14 @@ class VipAntModel(VipAntPreTrainedModel):
         Args:
             input_ids: `[batch, length]`, from CLIP's tokenizer.
             attention_mask: `[batch, length]`, 1 for tokens and 0 for padding.
+            normalize: Whether embeddings are given unit length.
             **kwargs: `position_ids`, `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            The tower's output with `pooler_output` `[batch, projection_dim]` of unit length.
+            The tower's output with the embeddings `[batch, projection_dim]` as its `pooler_output`.
         """
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
-        outputs.pooler_output = F.normalize(self.text_projection(outputs.pooler_output), dim=-1)
-        return outputs
+        return embed(outputs, self.text_projection, normalize)
 
     @can_return_tuple
     def forward(
@@ -365,26 +398,29 @@ class VipAntModel(VipAntPreTrainedModel):
             raise TypeError(f"VipAntModel got unknown arguments: {', '.join(sorted(unknown))}")
         if input_ids is None and pixel_values is None and input_features is None:
             raise ValueError("VipAntModel needs input_features, pixel_values or input_ids")
-        audio = image = text = None
+        audio = image = text = audio_embeds = image_embeds = text_embeds = None
         if input_features is not None:
-            audio = self.get_audio_features(input_features, return_dict=True, **kwargs)
+            audio = self.get_audio_features(input_features, normalize=False, return_dict=True, **kwargs)
+            audio_embeds = F.normalize(audio.pooler_output, dim=-1)
         if pixel_values is not None:
-            image = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+            image = self.get_image_features(pixel_values, normalize=False, return_dict=True, **kwargs)
+            image_embeds = F.normalize(image.pooler_output, dim=-1)
         if input_ids is not None:
-            text = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+            text = self.get_text_features(input_ids, attention_mask, normalize=False, return_dict=True, **kwargs)
+            text_embeds = F.normalize(text.pooler_output, dim=-1)
 
         logits_per_audio = logits_per_text = logits_per_image = None
         pairs = []
-        if audio and image:
-            logits_per_audio = self.audio_logit_scale.exp() * audio.pooler_output @ image.pooler_output.T
+        if audio_embeds is not None and image_embeds is not None:
+            logits_per_audio = self.audio_image_logit_scale.exp() * audio_embeds @ image_embeds.T
             logits_per_image = logits_per_audio.T
             pairs.append(logits_per_audio)
-        if image and text:
-            logits_per_image = self.logit_scale.exp() * image.pooler_output @ text.pooler_output.T
+        if image_embeds is not None and text_embeds is not None:
+            logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.T
             logits_per_text = logits_per_image.T
             pairs.append(logits_per_image)
-        if audio and text:
-            logits_per_audio = self.audio_logit_scale.exp() * audio.pooler_output @ text.pooler_output.T
+        if audio_embeds is not None and text_embeds is not None:
+            logits_per_audio = self.audio_text_logit_scale.exp() * audio_embeds @ text_embeds.T
             logits_per_text = logits_per_audio.T
             pairs.append(logits_per_audio)
 
@@ -398,17 +434,35 @@ class VipAntModel(VipAntPreTrainedModel):
             logits_per_audio=logits_per_audio,
             logits_per_text=logits_per_text,
             logits_per_image=logits_per_image,
-            audio_embeds=audio and audio.pooler_output,
-            text_embeds=text and text.pooler_output,
-            image_embeds=image and image.pooler_output,
+            audio_embeds=audio_embeds,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
             audio_model_output=audio,
             text_model_output=text,
             vision_model_output=image,
         )
 
 
+class VipAntClassificationHead(nn.Module):
+    """VIP-ANT's head: LayerNorm, a linear layer, and the exponential of a learnt scale as a factor.
+
+    The linear layer has a bias where a clip has one label, and none where it has several.
+    """
+
+    def __init__(self, config: VipAntConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.projection_dim)
+        bias = config.problem_type != "multi_label_classification"
+        self.linear = nn.Linear(config.projection_dim, config.num_labels, bias=bias)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+
+    def forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        """`[batch, projection_dim]` to `[batch, labels]`."""
+        return self.logit_scale.exp() * self.linear(self.norm(embeds))
+
+
 class VipAntForAudioClassification(VipAntPreTrainedModel):
-    """The audio tower with a head: tagging (several labels a clip) or classification (one).
+    """The audio tower with a head on its embedding: tagging (several labels a clip) or classification (one).
 
     `config.problem_type` chooses: "multi_label_classification" (binary cross entropy) or
     "single_label_classification" (cross entropy). A saved `VipAntModel` loads; its head is then new.
@@ -416,8 +470,8 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
 
     input_modalities = ("audio",)
     _keys_to_ignore_on_load_unexpected = (
-        r"(text_model|vision_model|text_projection|visual_projection|audio_projection)\..*",
-        r"(audio_)?logit_scale",
+        r"(text_model|vision_model|text_projection|visual_projection)\..*",
+        r"(audio_(image|text)_)?logit_scale",
     )
 
     def __init__(self, config: VipAntConfig):
@@ -428,15 +482,8 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
                 "'single_label_classification'"
             )
         self.audio_model = VipAntAudioModel._from_config(config.audio_config)
-        width = config.audio_config.hidden_size
-        if config.classifier_hidden_size is None:
-            self.classifier: nn.Module = nn.Linear(width, config.num_labels)
-        else:
-            self.classifier = nn.Sequential(
-                nn.Linear(width, config.classifier_hidden_size),
-                nn.GELU(),
-                nn.Linear(config.classifier_hidden_size, config.num_labels),
-            )
+        self.audio_projection = nn.Linear(config.audio_config.hidden_size, config.projection_dim, bias=False)
+        self.classifier = VipAntClassificationHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -466,7 +513,7 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
         if unknown := kwargs.keys() - TransformersKwargs.__annotations__.keys():
             raise TypeError(f"VipAntForAudioClassification got unknown arguments: {', '.join(sorted(unknown))}")
         outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
+        logits = self.classifier(self.audio_projection(outputs.pooler_output))
         loss = None
         if labels is not None:
             if self.config.problem_type == "multi_label_classification":

@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 from modeling_vipant import VipAntModel, VipAntProcessor
 from modeling_vipant.convert_original import convert, load_checkpoint, main
+from modeling_vipant.modeling_vipant import interpolate_positions
 from tests.tiny_vipant import tiny_clip, tiny_tokenizer
 
 # The tiny CLIP's patches of 8 with strides (4, 6) on 128 bins and 64 frames.
@@ -122,14 +123,14 @@ def test_command_converts_every_tensor(released, tmp_path, capsys):
     output = tmp_path / "converted"
     arguments = ["--clip", tmp_path / "clip", "--checkpoint", path, "--output", output, "--num-frames", 64]
     main([str(argument) for argument in arguments])
-    assert f"{len(audio) + 1} tensors" in capsys.readouterr().out
+    assert "every tensor" in capsys.readouterr().out
 
     model = VipAntModel.from_pretrained(output).eval()
     features = torch.randn(2, 64, 128)
     with torch.no_grad():
         got = model.get_audio_features(features).pooler_output
     torch.testing.assert_close(got, reference_forward(audio, features, (4, 6)), atol=1e-5, rtol=0)
-    assert model.audio_logit_scale.item() == 3.5
+    assert model.audio_image_logit_scale.item() == model.audio_text_logit_scale.item() == 3.5
     assert torch.equal(model.state_dict()["visual_projection.weight"], clip.visual_projection.weight)
     processor = VipAntProcessor.from_pretrained(output)
     assert processor.feature_extractor.num_frames == 64
@@ -140,7 +141,7 @@ def test_older_layout_and_one_channel_kernel():
     file = io.BytesIO()
     torch.save({"cfg": None, "model": (audio, {"logit_scale": torch.tensor(1.0)})}, file)
     file.seek(0)
-    model = convert(tiny_clip(), load_checkpoint(file), num_frames=64).eval()
+    model = convert(tiny_clip(), load_checkpoint(file), num_frames=64)[0].eval()
     features = torch.randn(2, 64, 128)
     got = model.get_audio_features(features).pooler_output
     torch.testing.assert_close(got, reference_forward(audio, features, (4, 6)), atol=1e-5, rtol=0)
@@ -153,7 +154,8 @@ def test_tuned_image_tower_replaces_clips():
         "text": {},
         "loss": {},
     }
-    model = convert(tiny_clip(), checkpoint, num_frames=64)
+    model, left_out = convert(tiny_clip(), checkpoint, num_frames=64)
+    assert not left_out
     assert torch.equal(model.visual_projection.weight, checkpoint["image"]["post_encoder.proj"].T)
     query = model.vision_model.encoder.layers[1].self_attn.q_proj.weight
     assert torch.equal(query, checkpoint["image"]["encoder.resblocks.1.attn.in_proj_weight"][:48])
@@ -175,10 +177,129 @@ def test_misfits_are_errors(change, message):
         convert(tiny_clip(), {"image": {}, "audio": audio, "text": {}, "loss": {}}, num_frames=64)
 
 
+def with_loss(loss: dict, **towers) -> dict:
+    return {"image": {}, "audio": released_tower(6, 316), "text": {}, "loss": loss} | towers
+
+
+def scale(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+# State dicts as the authors' loss heads give them (cvap/module/decoder/loss_head.py, loss_more.py), small.
+BARLOW = {
+    "linear.0.weight": torch.ones(6, 24),
+    "linear.1.weight": torch.ones(6),
+    "linear.1.running_mean": torch.ones(6),
+    "linear.3.weight": torch.ones(4, 6),
+    "bn.running_mean": torch.ones(4),
+}
+HEAD = {
+    "logit_scale": scale(2.0),
+    "linear.0.weight": torch.linspace(0.5, 1.5, 24),
+    "linear.0.bias": torch.linspace(-1, 1, 24),
+    "linear.1.weight": torch.linspace(-1, 1, 120).view(5, 24),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "scales", "left_out"),
+    [
+        ({}, (2.6592, 2.6592), []),
+        ({"logit_scale": scale(3.5)}, (3.5, 3.5), []),
+        # their default joint run
+        ({"loss_head_va.logit_scale": scale(3.0), "loss_head_al.logit_scale": scale(4.0)}, (3.0, 4.0), []),
+        ({"loss_head_al.logit_scale": scale(4.0)}, (4.0, 4.0), []),  # AT fine-tuning
+        (BARLOW, (2.6592, 2.6592), ["the projector of Barlow Twins"]),
+        (
+            {"loss_ce.logit_scale": scale(3.0)} | {f"loss_barlow.{name}": tensor for name, tensor in BARLOW.items()},
+            (3.0, 3.0),
+            ["the projector of Barlow Twins"],
+        ),
+        (
+            {f"loss_head_{pair}.logit_scale": scale(i) for i, pair in enumerate(("vp", "va", "vv"), start=2)},
+            (3.0, 3.0),
+            ["the scale of two views of pictures"],
+        ),
+    ],
+)
+def test_losses_of_every_kind_convert(loss, scales, left_out):
+    model, found = convert(tiny_clip(), with_loss(loss), num_frames=64)
+    assert isinstance(model, VipAntModel) and found == left_out
+    got = (model.audio_image_logit_scale.item(), model.audio_text_logit_scale.item())
+    assert got == pytest.approx(scales)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "left_out"),
+    [
+        (HEAD | {"linear.1.bias": torch.linspace(0, 1, 5)}, "single_label_classification", []),
+        (HEAD, "multi_label_classification", []),
+        (
+            {f"loss_bce.{name}": tensor for name, tensor in HEAD.items()}
+            | {"loss_ce.logit_scale": scale(3.0), "a2v.1.weight": torch.ones(24, 24)},
+            "multi_label_classification",
+            ["the map from sounds to pictures of joint tagging"],
+        ),
+    ],
+)
+def test_classification_heads_convert(loss, kind, left_out):
+    checkpoint = with_loss(loss)
+    names = ["dog", "rain", "bell", "car", "cat"]
+    model, found = convert(tiny_clip(), checkpoint, num_frames=64, labels=names)
+    assert model.config.problem_type == kind and found == left_out
+    assert [model.config.id2label[i] for i in range(5)] == names
+    features = torch.randn(2, 64, 128)
+    with torch.no_grad():
+        got = model.eval()(features).logits
+        embeds = convert(tiny_clip(), with_loss({}), num_frames=64)[0].eval()
+        embeds = embeds.get_audio_features(features, normalize=False).pooler_output
+    expected = F.layer_norm(embeds, (24,), HEAD["linear.0.weight"], HEAD["linear.0.bias"]) @ HEAD["linear.1.weight"].T
+    expected = (expected + loss.get("linear.1.bias", 0)) * HEAD["logit_scale"].exp()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_label_names_must_fit_the_head():
+    with pytest.raises(ValueError, match="2 label names were given, the head has 5 labels"):
+        convert(tiny_clip(), with_loss(HEAD), num_frames=64, labels=["a", "b"])
+    with pytest.raises(ValueError, match="no classification head"):
+        convert(tiny_clip(), with_loss({}), num_frames=64, labels=["a", "b"])
+
+
+def test_a_tuned_text_tower_replaces_clips():
+    """It has a class embedding, and one position more than tokens, as the authors make for every tower."""
+    text = released_tower(7, positions=41, width=32, hidden=40)
+    kernel = [name for name in text if name.startswith("pre_encoder.")]
+    text = {name: tensor for name, tensor in text.items() if name not in kernel}
+    text["pre_encoder.token_embedding.weight"] = torch.randn(len(tiny_tokenizer()), 32)
+    model, _ = convert(tiny_clip(), with_loss({}, text=text), num_frames=64)
+    embeddings = model.text_model.embeddings
+    assert torch.equal(embeddings.position_embedding.weight, text["misc.positional_embedding"][:40])
+    assert torch.equal(model.text_projection.weight, text["post_encoder.proj"].T)
+
+
+def test_positions_shared_with_the_image_tower_are_interpolated():
+    audio = released_tower(8, positions=10)  # the tiny CLIP's 3 x 3 and the class token's
+    model, _ = convert(tiny_clip(), with_loss({}, audio=audio), num_frames=64)
+    expected = interpolate_positions(audio["misc.positional_embedding"], (3, 3), GRID)
+    assert torch.equal(model.audio_model.embeddings.position_embedding.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("pre_encoder.bn1.weight", "a ResNet"),
+        ("encoder.patch_embed.proj.weight", "a DeiT"),
+        ("encoder.transformer.resblocks.0.ln_1.weight", "the authors' first code"),
+    ],
+)
+def test_other_towers_are_refused_by_name(name, kind):
+    with pytest.raises(ValueError, match=f"audio tower does not fit .*{kind}"):
+        convert(tiny_clip(), with_loss({}, audio={name: torch.ones(3)}), num_frames=64)
+
+
 def test_unknown_loss_tensors_are_errors():
-    checkpoint = {"image": {}, "audio": released_tower(6, 316), "text": {}, "loss": {"bn.running_mean": torch.ones(1)}}
-    with pytest.raises(ValueError, match=r"bn\.running_mean has no place"):
-        convert(tiny_clip(), checkpoint, num_frames=64)
+    with pytest.raises(ValueError, match=r"decoder\.weight is of no known kind"):
+        convert(tiny_clip(), with_loss({"decoder.weight": torch.ones(1)}), num_frames=64)
 
 
 class Hostile:

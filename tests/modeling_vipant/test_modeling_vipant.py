@@ -1,4 +1,5 @@
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_vipant import VipAntAudioConfig, VipAntConfig, VipAntForAudioClassification, VipAntModel
-from modeling_vipant.modeling_vipant import interpolate_positions
+from modeling_vipant.modeling_vipant import VipAntClassificationHead, interpolate_positions, slice_positions
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_vipant
 
 
@@ -118,15 +119,40 @@ def test_from_clip_refuses_sizes_the_image_tower_does_not_have():
 
 @pytest.mark.parametrize("num_frames", [8, 40, 115, 200])
 def test_other_lengths_interpolate_positions(model, num_frames):
-    features = torch.randn(2, num_frames, NUM_BINS)
-    outputs = model.get_audio_features(features)
     time, band = model.config.audio_config.grid_for(num_frames)
-    assert outputs.last_hidden_state.shape == (2, 1 + time * band, 48)
     positions = model.audio_model.embeddings.position_embedding.weight.detach()
     stored_time = model.config.audio_config.grid[0]
     expected = bilinear(positions[1:].double().numpy().reshape(stored_time, band, -1), time, band)
     got = interpolate_positions(positions, (stored_time, band), (time, band))
     np.testing.assert_allclose(got[1:].reshape(time, band, -1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["slice", "interpolate"])
+@pytest.mark.parametrize("num_frames", [8, 40, 60, 64, 115])
+def test_positions_of_other_lengths(num_frames, way):
+    model = VipAntModel.from_clip(
+        tiny_clip(), num_frames=NUM_FRAMES, num_mel_bins=NUM_BINS, shorter_positions=way
+    ).audio_model.embeddings
+    time, band = model.config.grid_for(num_frames)
+    with torch.no_grad():
+        patches = model.patch_embedding(torch.zeros(1, 1, num_frames, NUM_BINS))
+        tokens = model(torch.zeros(1, num_frames, NUM_BINS))[0]
+    assert not patches.any() and tokens.shape == (1 + time * band, 48)
+    stored = model.position_embedding.weight.detach()
+    expected = interpolate_positions(stored, model.config.grid, (time, band))[1:]
+    if way == "slice" and num_frames < NUM_FRAMES:
+        first = {8: 6, 40: 6, 60: 1}[num_frames]  # from time step 6, or the last steps where fewer follow
+        expected = stored[1:].view(15, band, 48)[first : first + time].flatten(0, 1)
+    torch.testing.assert_close(tokens[1:], expected)
+    torch.testing.assert_close(tokens[0], model.class_embedding.detach() + stored[0])
+
+
+def test_shorter_spectrograms_have_the_authors_positions():
+    """Rows that `load_pos_embedding` (cvap/module/encoder/audio_head.py) gives for 30 and 55 of 61 time steps."""
+    rows = torch.arange(306.0)[:, None]
+    for steps, last in ((30, 180.0), (55, 305.0)):
+        got = slice_positions(rows, (61, 5), (steps, 5))[:, 0]
+        assert len(got) == 1 + 5 * steps and got[:3].tolist() == [0.0, 31.0, 32.0] and got[-1] == last
 
 
 @pytest.mark.parametrize("shape", [(2, 7, NUM_BINS), (2, NUM_FRAMES, 128)])
@@ -161,15 +187,18 @@ def test_batch_equals_single(model, inputs):
         ("input_features", "input_ids", "pixel_values"),
     ],
 )
-def test_logits_and_loss_of_any_inputs(model, inputs, kinds):
+def test_logits_and_loss_of_any_inputs(inputs, kinds):
+    model = tiny_vipant()
+    model.audio_text_logit_scale.data.fill_(math.log(11.0))
+    model.audio_image_logit_scale.data.fill_(math.log(7.0))
+    model.logit_scale.data.fill_(math.log(5.0))
     with torch.no_grad():
         output = model(**{kind: inputs[kind] for kind in kinds}, return_loss=True)
     audio, text, image = output.audio_embeds, output.text_embeds, output.image_embeds
-    scale, audio_scale = model.logit_scale.exp().item(), model.audio_logit_scale.exp().item()
     pairs = {
-        "audio text": (audio, text, audio_scale),
-        "audio image": (audio, image, audio_scale),
-        "image text": (image, text, scale),
+        "audio text": (audio, text, 11.0),
+        "audio image": (audio, image, 7.0),
+        "image text": (image, text, 5.0),
     }
     loss, present = 0.0, {}
     for name, (a, b, factor) in pairs.items():
@@ -220,20 +249,49 @@ def test_impossible_sizes_are_refused():
         VipAntAudioConfig(hidden_size=770)
 
 
-@pytest.mark.parametrize("hidden", [None, 20])
-def test_classification_head_takes_over_the_audio_tower(tmp_path, inputs, hidden):
+def test_classification_head_takes_over_the_audio_tower(tmp_path, inputs):
     model = tiny_vipant(seed=2)
     model.save_pretrained(tmp_path)
     classifier = VipAntForAudioClassification.from_pretrained(
-        tmp_path, num_labels=5, classifier_hidden_size=hidden, problem_type="multi_label_classification"
+        tmp_path, num_labels=5, problem_type="multi_label_classification"
     ).eval()
-    pooled = model.audio_model(inputs["input_features"]).pooler_output
+    embeds = model.get_audio_features(inputs["input_features"], normalize=False).pooler_output
     output = classifier(inputs["input_features"], labels=torch.tensor([[1, 0, 0, 1, 0]] * 3))
-    torch.testing.assert_close(output.logits, classifier.classifier(pooled))
+    torch.testing.assert_close(output.logits, classifier.classifier(embeds))
     logits = output.logits.double()
     expected = -torch.cat([logits[:, [0, 3]].sigmoid().log(), (-logits[:, [1, 2, 4]]).sigmoid().log()], 1).mean()
     assert output.loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    assert output.logits.std() < 1.0  # a new head starts small
+
+
+def seeded(shape: tuple[int, ...], seed: int, scale: float) -> torch.Tensor:
+    return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "loss"),
+    [("single_label_classification", 15.976886749267578), ("multi_label_classification", 4.28193998336792)],
+)
+def test_head_gives_the_authors_loss(problem_type, loss):
+    """Of ClassificationHead (loss_head.py) and BCELossHead (loss_more.py) with the same weights and embeddings."""
+    config = VipAntConfig(projection_dim=24, num_labels=5, problem_type=problem_type)
+    config.logit_scale_init_value = math.log(1 / 0.07)
+    head = VipAntClassificationHead(config)
+    single = problem_type.startswith("single")
+    with torch.no_grad():
+        head.norm.bias.copy_(seeded((24,), 50, 0.3))
+        head.norm.weight.copy_(seeded((24,), 51, 0.3))
+        if single:
+            head.linear.bias.copy_(seeded((5,), 52, 0.3))
+        head.linear.weight.copy_(seeded((5, 24), 53 if single else 52, 0.3))
+    assert single or head.linear.bias is None
+    logits = head(seeded((6, 24), 1, 2.0))
+    if single:
+        got = F.cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 0]))
+    else:
+        got = F.binary_cross_entropy_with_logits(
+            logits, torch.tensor([[1.0, 0, 0, 1, 0]] * 3 + [[0.0, 1, 1, 0, 1]] * 3)
+        )
+    assert got.item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_single_label_loss_takes_classes_and_mixtures(inputs):

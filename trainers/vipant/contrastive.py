@@ -37,6 +37,11 @@ from trainers.vipant.dataset import ClipDataset
 from trainers.vipant.lars import LARS, lars_groups
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
+SCALES = {  # the parameter that scales a pair's similarities
+    "audio-image": "audio_image_logit_scale",
+    "audio-text": "audio_text_logit_scale",
+    "image-text": "logit_scale",
+}
 TOWERS = {
     "audio": ("audio_model", "audio_projection"),
     "image": ("vision_model", "visual_projection"),
@@ -57,7 +62,8 @@ class ContrastiveConfig(TrainingArguments):
         pairs: Which kinds are pulled together: "audio-image", "audio-text", "image-text".
         train_towers: Which towers are trained; the others stay frozen and in eval mode.
         loss: "contrastive" (symmetric cross entropy, both directions summed) or "barlow_twins".
-        max_logit_scale: Upper bound of the learnt logit scale.
+        fresh_logit_scales: Whether the logit scales of the pairs start anew at 1 / 0.07, whatever the model's are.
+        max_logit_scale: Upper bound of the learnt logit scales; None for no bound, as in VIP-ANT. CLIP's is 100.
         micro_batch_size: Clips that go through the towers at once; None for the whole batch.
         frequency_mask: Widest masked band in mel bins (SpecAugment); 0 for none.
         time_mask: Longest masked stretch in frames (SpecAugment); 0 for none.
@@ -81,7 +87,8 @@ class ContrastiveConfig(TrainingArguments):
     pairs: list[str] = field(default_factory=lambda: ["audio-image"])
     train_towers: list[str] = field(default_factory=lambda: ["audio"])
     loss: str = "contrastive"
-    max_logit_scale: float = 100.0
+    fresh_logit_scales: bool = True
+    max_logit_scale: float | None = None
     micro_batch_size: int | None = None
 
     # Optimisation
@@ -105,15 +112,15 @@ class ContrastiveConfig(TrainingArguments):
             ValueError: Naming the setting that has an impossible value.
         """
         super().__post_init__()
-        if not self.pairs or not set(self.pairs) <= {"audio-image", "audio-text", "image-text"}:
-            raise ValueError(f"pairs={self.pairs}: choose among audio-image, audio-text, image-text")
+        if not self.pairs or not set(self.pairs) <= set(SCALES):
+            raise ValueError(f"pairs={self.pairs}: choose among {', '.join(SCALES)}")
         if not self.train_towers or not set(self.train_towers) <= set(self.modalities):
             raise ValueError(f"train_towers={self.train_towers}: choose among {', '.join(self.modalities)}")
         if self.loss not in ("contrastive", "barlow_twins"):
             raise ValueError(f"loss={self.loss!r} is neither 'contrastive' nor 'barlow_twins'")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
-        if not self.max_logit_scale > 1:
+        if self.max_logit_scale is not None and not self.max_logit_scale > 1:
             raise ValueError(f"max_logit_scale={self.max_logit_scale} must be greater than 1")
 
     @property
@@ -137,11 +144,16 @@ class ContrastiveTrainer(Trainer):
     def __init__(self, model: VipAntModel, args: ContrastiveConfig, **kwargs):
         trained = {name for kind in args.train_towers for name in TOWERS[kind]}
         if args.loss == "contrastive":
-            trained |= {scale_name(pair) for pair in args.pairs}
+            scales = {SCALES[pair] for pair in args.pairs}
+            trained |= scales
+            if args.fresh_logit_scales:
+                for name in scales:
+                    torch.nn.init.constant_(model.get_parameter(name), model.config.logit_scale_init_value)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in trained)
         super().__init__(model, args, **kwargs)
-        self.add_callback(_BoundLogitScale(args.max_logit_scale))
+        if args.max_logit_scale is not None:
+            self.add_callback(_BoundLogitScale(args.max_logit_scale))
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None
@@ -211,7 +223,7 @@ class ContrastiveTrainer(Trainer):
 
     def _scales(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
-        return {name: getattr(model, name) for name in sorted({scale_name(pair) for pair in self.args.pairs})}
+        return {SCALES[pair]: model.get_parameter(SCALES[pair]) for pair in self.args.pairs}
 
     def _micro_batches(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         batch = len(next(iter(inputs.values())))
@@ -275,11 +287,6 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
 
-def scale_name(pair: str) -> str:
-    """The parameter that scales a pair's similarities: CLIP's own for image and text, the other with sound."""
-    return "audio_logit_scale" if "audio" in pair else "logit_scale"
-
-
 def pair_losses(
     embeds: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor], pairs: Sequence[str], loss: str
 ) -> torch.Tensor:
@@ -297,7 +304,7 @@ def pair_losses(
         if loss == "barlow_twins":
             total = total + barlow_twins(one, other)
         else:
-            total = total + contrastive(one, other, scales[scale_name(pair)].exp(), reduction="sum").mean()
+            total = total + contrastive(one, other, scales[SCALES[pair]].exp(), reduction="sum").mean()
     return total
 
 
@@ -325,7 +332,7 @@ class _BoundLogitScale(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Clamps the parameters in place."""
-        for scale in (model.logit_scale, model.audio_logit_scale):
+        for scale in map(model.get_parameter, SCALES.values()):
             if scale.requires_grad:
                 scale.data.clamp_(max=self.bound)
 

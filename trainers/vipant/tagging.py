@@ -35,7 +35,6 @@ class TaggingConfig(TrainingArguments):
         fold: Value of the column `fold` to evaluate on, the others to train on; in place of `eval_split`.
         num_frames: Spectrogram frames; 1000 is 10 s.
         multi_label: Whether clips have several labels.
-        classifier_hidden_size: Width of the head's hidden layer; None for a linear head.
         balanced: Whether rare labels are drawn more often, by inverse frequency.
         mixup: Share of training examples that are mixed from two clips.
         frequency_mask: Widest masked band in mel bins (SpecAugment); 0 for none.
@@ -54,7 +53,6 @@ class TaggingConfig(TrainingArguments):
 
     # Objective and augmentation
     multi_label: bool = True
-    classifier_hidden_size: int | None = None
     balanced: bool = True
     mixup: float = 0.5
     frequency_mask: int = 32
@@ -216,7 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         problem_type=kind,
-        classifier_hidden_size=config.classifier_hidden_size,
     )
     processor = VipAntProcessor.from_pretrained(config.model)
     processor.feature_extractor.num_frames = config.num_frames

@@ -11,7 +11,7 @@ from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, t
 from tests.trainers.vipant.contrastive_worker import SETTINGS, batch, model64, step, steps
 from trainers.processes import run_in_processes
 from trainers.recipes import parse_recipe
-from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
+from trainers.vipant.contrastive import SCALES, ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
 from trainers.vipant.tagging import TaggingConfig
 
 REPO = Path(__file__).resolve().parents[3]
@@ -34,8 +34,7 @@ def plain_loss(model: VipAntModel, inputs: dict, pairs: list[str]) -> torch.Tens
     total = torch.zeros(())
     for pair in pairs:
         one, other = (embeds[kind] for kind in pair.split("-"))
-        scale = model.audio_logit_scale if "audio" in pair else model.logit_scale
-        logits = scale.exp() * one @ other.T
+        logits = model.get_parameter(SCALES[pair]).exp() * one @ other.T
         targets = torch.arange(len(logits))
         total = total + F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
     return total
@@ -70,7 +69,7 @@ def test_cached_gradients_repeat_dropout(tmp_path):
     torch.manual_seed(3)
     audio = torch.cat([model.get_audio_features(part).pooler_output for part in batch()["input_features"].split(4)])
     image = model.get_image_features(batch()["pixel_values"]).pooler_output
-    logits = model.audio_logit_scale.exp() * audio @ image.T
+    logits = model.audio_image_logit_scale.exp() * audio @ image.T
     targets = torch.arange(8)
     loss = F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
     loss.backward()
@@ -125,10 +124,10 @@ def moved(before: dict, model) -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"audio_model", "audio_projection", "audio_logit_scale"}),
+        ({}, {"audio_model", "audio_projection", "audio_image_logit_scale"}),
         ({"loss": "barlow_twins"}, {"audio_model", "audio_projection"}),
-        ({"lars": True, "lars_weight_lr": 5.0}, {"audio_model", "audio_projection", "audio_logit_scale"}),
-        ({"train_towers": ["image"]}, {"vision_model", "visual_projection", "audio_logit_scale"}),
+        ({"lars": True, "lars_weight_lr": 5.0}, {"audio_model", "audio_projection", "audio_image_logit_scale"}),
+        ({"train_towers": ["image"]}, {"vision_model", "visual_projection", "audio_image_logit_scale"}),
     ],
 )
 def test_only_what_is_trained_moves(tmp_path, settings, expected):
@@ -169,13 +168,23 @@ def test_the_seeds_schedule(tmp_path):
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
 
-def test_logit_scale_is_bounded(tmp_path):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_logit_scales_start_anew(tmp_path, fresh):
     model = tiny_vipant()
-    model.audio_logit_scale.data.fill_(math.log(20.0))
-    train(tmp_path, model, max_steps=2, max_logit_scale=15.0)
-    assert model.audio_logit_scale.item() == pytest.approx(math.log(15.0), abs=1e-3)
-    assert model.audio_logit_scale.item() <= math.log(15.0) + 1e-6
-    assert model.logit_scale.item() == pytest.approx(2.6592)  # CLIP's own is left alone
+    for name in SCALES.values():
+        model.get_parameter(name).data.fill_(1.0)
+    train(tmp_path, model, max_steps=1, fresh_logit_scales=fresh, learning_rate=1e-6)
+    assert model.audio_image_logit_scale.item() == pytest.approx(math.log(1 / 0.07) if fresh else 1.0, abs=1e-4)
+    assert model.audio_text_logit_scale.item() == model.logit_scale.item() == 1.0  # of other pairs
+
+
+@pytest.mark.parametrize("bound", [None, 15.0])
+def test_logit_scales_have_a_bound_only_where_one_is_given(tmp_path, bound):
+    model = tiny_vipant()
+    model.audio_image_logit_scale.data.fill_(math.log(200.0))
+    train(tmp_path, model, max_steps=2, max_logit_scale=bound, fresh_logit_scales=False)
+    assert model.audio_image_logit_scale.item() == pytest.approx(math.log(bound or 200.0), abs=0.01)
+    assert bound is None or model.audio_image_logit_scale.item() <= math.log(bound) + 1e-6
 
 
 def test_evaluation_reports_loss_and_retrieval_both_ways(tmp_path):
