@@ -329,9 +329,10 @@ def test_offloaded_towers_give_the_same(model, inputs, place, tmp_path):
     model.save_pretrained(tmp_path / "model")
     places = dict.fromkeys(["text_model", "vision_model", "audio_model"], place)
     projections = {"text_projection": "cpu", "visual_projection": "cpu", "audio_projection": "cpu"}
+    scales = dict.fromkeys(["logit_scale", "audio_image_logit_scale", "audio_text_logit_scale"], "cpu")
     offloaded = VipAntModel.from_pretrained(
         tmp_path / "model",
-        device_map=places | projections | {"logit_scale": "cpu", "audio_logit_scale": "cpu"},
+        device_map=places | projections | scales,
         offload_folder=tmp_path / "offload",
     )
     longer = inputs | {"input_features": torch.randn(3, NUM_FRAMES + 16, NUM_BINS)}  # interpolates its positions
