@@ -33,7 +33,7 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
     Raises:
         ValueError: if a file lacks a tensor, or one has another shape.
     """
-    tokenizer = AutoTokenizer.from_pretrained(llava)
+    tokenizer = load_tokenizer(llava)
     model = DaliForConditionalGeneration.from_llava(llava, tokenizer=tokenizer)
     backbone = model.load_audio_encoder(audio_backbone)
     report(audio_backbone, backbone.unneeded)
@@ -45,6 +45,7 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
         soft_tokens, unneeded = read_prefix(prefix, model.config.text_config.hidden_size)
         model.set_prefix(soft_tokens)
         report(prefix, unneeded)
+    # The published weights were tuned in LLaVA's v1 conversation, whatever template the captioner brings.
     processor = DaliProcessor.for_model(
         model.config, AutoImageProcessor.from_pretrained(llava), tokenizer, DaliFeatureExtractor()
     )
@@ -52,6 +53,16 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
     processor.save_pretrained(output)
     if backbone.scorers:
         save_scorers(output, backbone.scorers)
+
+
+def load_tokenizer(llava):
+    """
+    LLaVA's tokenizer as the authors use it: they tokenise the text behind media by itself, so that it begins with a
+    space of its own. That is what transformers' `LlamaTokenizer` calls `legacy`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(llava, legacy=True)
+    tokenizer.init_kwargs["legacy"] = True  # or a saved tokenizer would forget it
+    return tokenizer
 
 
 def report(path, unneeded: Counter) -> None:

@@ -108,8 +108,9 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
                 one.
 
         Returns:
-            `str`: In LLaVA's conversation `USER: <image><audio><prefix>\\nDescribe the sound ... ASSISTANT:`, less
-            what is not asked for. A prefix at `"front"` stands before everything else.
+            `str`: By the chat template; in LLaVA's v1 conversation its system sentence, then
+            `USER: <image><audio><prefix>\\nDescribe the sound ... ASSISTANT:`, less what is not asked for. A prefix at
+            `"front"` stands before everything else.
         """
         if modality not in MODALITIES:
             raise ValueError(f"`modality` is one of {', '.join(MODALITIES)}, not {modality!r}.")
@@ -120,6 +121,9 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
             content.append({"type": "prefix"})
         content.append({"type": "text", "text": question})
         prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            prompt = prompt.removeprefix(bos)  # the tokenizer writes it itself
         return self.prefix_token + prompt if prefix and self.prefix_position == "front" else prompt
 
     # Calling --------------------------------------------------------------------------------------------------------

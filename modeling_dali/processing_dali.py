@@ -10,22 +10,8 @@ from collections.abc import Sequence
 from transformers.image_utils import get_image_size, to_numpy_array
 from transformers.processing_utils import MultiModalData
 
+from .chat_templates import hearing_template, llava_v1_template
 from .processing_audio import AudioCaptionKwargs, AudioCaptionProcessorMixin
-
-# LLaVA's v1 conversation; a text that follows media stands on a line of its own.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% else %}{{ message['role'] | upper }}: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for item in message['content'] %}"
-    "{% if item['type'] == 'text' %}"
-    "{% if not loop.first and loop.previtem['type'] != 'text' %}{{ '\n' }}{% endif %}{{ item['text'] }}"
-    "{% else %}<{{ item['type'] }}>{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 class DaliProcessorKwargs(AudioCaptionKwargs, total=False):  # type: ignore[call-arg]
@@ -47,7 +33,7 @@ class DaliProcessor(AudioCaptionProcessorMixin):
             `trim_padding` is not to be had.
         prefix_length: Soft prefix tokens of the model.
         prefix_position: `"after_media"` or `"front"`: where [`caption_prompt`] puts the prefix.
-        chat_template: LLaVA's v1 conversation by default.
+        chat_template: Renders `image`, `audio`, `prefix` and `text` items; LLaVA's v1 conversation by default.
     """
 
     valid_processor_kwargs = DaliProcessorKwargs
@@ -75,7 +61,8 @@ class DaliProcessor(AudioCaptionProcessorMixin):
         self.prefix_length = prefix_length
         self.prefix_position = prefix_position
         self.image_token = getattr(tokenizer, "image_token", image_token)
-        super().__init__(image_processor, tokenizer, feature_extractor, chat_template=chat_template or CHAT_TEMPLATE)
+        template = chat_template or llava_v1_template(self.image_token)
+        super().__init__(image_processor, tokenizer, feature_extractor, chat_template=template)
         self.tokenizer.padding_side = "left"  # the text of every row ends where its caption begins
         self.find_tokens("image", "audio", "prefix")
 
@@ -89,9 +76,15 @@ class DaliProcessor(AudioCaptionProcessorMixin):
             image_processor, tokenizer: The captioner's; the tokenizer knows `<audio>` and `<prefix>` (see
                 [`DaliForConditionalGeneration.add_media_tokens`]).
             feature_extractor: The audio encoder's.
-            chat_template: The captioner's, if it is not LLaVA's v1 conversation; must render `image`, `audio`,
-                `prefix` and `text` items.
+            chat_template: The captioner's own, if it has one; `audio` and `prefix` items are added to it. Without it,
+                prompts are in LLaVA's v1 conversation.
+
+        Raises:
+            ValueError: if the template cannot be used.
         """
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
+        if chat_template is not None:
+            chat_template = hearing_template(chat_template, image_token, tokenizer.special_tokens_map)
         audio, vision = config.audio_config, config.vision_config
         has_class_token = vision.model_type.startswith("clip")
         return cls(
@@ -105,7 +98,7 @@ class DaliProcessor(AudioCaptionProcessorMixin):
             audio_grid=audio.grid if audio.model_type == "dali_audio" else None,
             prefix_length=config.prefix_length,
             prefix_position=config.prefix_position,
-            image_token=tokenizer.convert_ids_to_tokens(config.image_token_index),
+            image_token=image_token,
             chat_template=chat_template,
         )
 

@@ -119,5 +119,11 @@ def load_model(
         encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
         extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
     model = DaliForConditionalGeneration.from_llava(source, encoder, tokenizer=tokenizer, **kwargs)
-    processor = DaliProcessor.for_model(model.config, llava_processor.image_processor, tokenizer, extractor)
+    processor = DaliProcessor.for_model(
+        model.config,
+        llava_processor.image_processor,
+        tokenizer,
+        extractor,
+        chat_template=getattr(llava_processor, "chat_template", None),
+    )
     return model, processor

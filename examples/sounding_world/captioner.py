@@ -37,7 +37,6 @@ from transformers import (
 )
 
 from modeling_dali.processing_audio import IGNORED, QUESTION
-from modeling_dali.processing_dali import CHAT_TEMPLATE
 from trainers.model_card import command_line
 from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
@@ -46,6 +45,21 @@ from trainers.stage import StageTrainer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
 PROMPT = "USER: <image>\n{} ASSISTANT:"  # as the chat template renders it
+
+# LLaVA's v1 conversation without its system sentence, whose words this world does not know.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | upper }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for item in message['content'] %}"
+    "{% if item['type'] == 'text' %}"
+    "{% if not loop.first and loop.previtem['type'] != 'text' %}{{ '\n' }}{% endif %}{{ item['text'] }}"
+    "{% else %}<{{ item['type'] }}>{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 RARE = -4.0  # logit of a word before training: most words are in few pictures
 
 

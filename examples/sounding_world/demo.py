@@ -346,7 +346,11 @@ class Demo:
         model.config.base_model = None  # a folder of this machine
         model.generation_config.max_new_tokens = 32
         processor = DaliProcessor.for_model(
-            model.config, llava_processor.image_processor, llava_processor.tokenizer, extractor
+            model.config,
+            llava_processor.image_processor,
+            llava_processor.tokenizer,
+            extractor,
+            llava_processor.chat_template,
         )
         model.save_pretrained(self.output / folder)
         processor.save_pretrained(self.output / folder)

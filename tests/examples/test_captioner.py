@@ -17,6 +17,7 @@ from examples.sounding_world.captioner import (
 )
 from modeling_dali.processing_audio import IGNORED, QUESTION
 from tests.trainers.stages import moved, settings, state
+from trainers.recipes import load_model
 
 SIZES = {"image_size": 32, "hidden_size": 32, "vision_layers": 1, "text_layers": 1, "seed": 0}
 
@@ -133,6 +134,9 @@ def test_trains_everything_and_saves_a_llava(captioner, rows, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     again = AutoProcessor.from_pretrained(tmp_path / "out")
+    _, hearing = load_model(str(tmp_path / "out"))
+    prompts = [hearing.caption_prompt(modality, "What ?", prefix=True) for modality in ("image", "audio_image")]
+    assert prompts == [f"USER: <image>{sound}<prefix>\nWhat ? ASSISTANT:" for sound in ("", "<audio>")]
     text = "USER: <image>\nDescribe the image. ASSISTANT:"
     inputs = [p(text=[text], images=[rows[0]["image"]], return_tensors="pt") for p in (processor, again)]
     assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
+from modeling_dali.chat_templates import SYSTEM
 from tests.tiny import tiny_dali
 
 
@@ -35,12 +36,13 @@ def ask(processor, sounds, questions=None, **kwargs):
 def test_prompts():
     _, processor = with_prefix("after_media")
     question = "Describe the sound that can be heard in this scene."
-    assert processor.caption_prompt("audio_image") == f"USER: <image><audio><prefix>\n{question} ASSISTANT:"
-    assert processor.caption_prompt("audio", prefix=False) == f"USER: <audio>\n{question} ASSISTANT:"
+    user = f"{SYSTEM} USER:"
+    assert processor.caption_prompt("audio_image") == f"{user} <image><audio><prefix>\n{question} ASSISTANT:"
+    assert processor.caption_prompt("audio", prefix=False) == f"{user} <audio>\n{question} ASSISTANT:"
     processor.prefix_position = "front"
-    assert processor.caption_prompt("image") == f"<prefix>USER: <image>\n{question} ASSISTANT:"
+    assert processor.caption_prompt("image") == f"<prefix>{user} <image>\n{question} ASSISTANT:"
     processor.prefix_length = 0
-    assert processor.caption_prompt("audio") == f"USER: <audio>\n{question} ASSISTANT:"
+    assert processor.caption_prompt("audio") == f"{user} <audio>\n{question} ASSISTANT:"
 
 
 @pytest.mark.parametrize("position", ["after_media", "front"])

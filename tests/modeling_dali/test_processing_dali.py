@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_dali import DaliProcessor
+from modeling_dali.chat_templates import SYSTEM
 from tests.tiny import tiny_dali
 
 RATE = 16_000
@@ -167,6 +168,7 @@ def test_chat_template(dali, tmp_path):
     direct = processor(text=prompt, audio=[sound()], images=[picture()], sampling_rate=RATE, return_tensors="pt")
     assert torch.equal(inputs["input_ids"], direct["input_ids"])
     model.generate(**inputs, max_new_tokens=2)
+    assert processor.apply_chat_template(conversation[1:]).startswith(f"{SYSTEM} USER: <image><audio>\n")
     answered = [*conversation, {"role": "assistant", "content": "rain"}]
     assert processor.apply_chat_template(answered).endswith("What can be heard ? ASSISTANT: rain</s>")
 

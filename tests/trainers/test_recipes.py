@@ -7,8 +7,11 @@ import torch
 import yaml
 
 from modeling_dali import DaliForConditionalGeneration
+from modeling_dali.chat_templates import SYSTEM
+from tests.modeling_dali.test_chat_templates import CHATML
 from tests.trainers.stages import ROOT, run_command, save_llava, save_world
 from trainers.dali.alignment import AlignmentConfig
+from trainers.dali.data_collator import DaliDataCollator
 from trainers.dali.distillation import DistillationConfig
 from trainers.dali.prefix_tuning import PrefixTuningConfig
 from trainers.dali.pseudo_captions import PseudoCaptionConfig
@@ -68,6 +71,16 @@ def test_models(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"broken\.pth"):
         load_model(str(tmp_path / "llava"), audio_encoder=str(tmp_path / "broken.pth"))
+
+
+def test_a_model_is_prompted_by_its_captioners_template(tmp_path):
+    source = save_llava(tmp_path / "llava")
+    assert load_model(source)[1].caption_prompt("image", "What ?") == f"{SYSTEM} USER: <image>\nWhat ? ASSISTANT:"
+    (tmp_path / "llava" / "chat_template.jinja").write_text(CHATML)
+    _, processor = load_model(source)
+    expected = "<|im_start|>user\n<image><audio>\nWhat ?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.caption_prompt("audio_image", "What ?") == expected
+    assert DaliDataCollator(processor, "audio_image", question="What ?").prompt == expected
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
