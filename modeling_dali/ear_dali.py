@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import is_peft_available
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils import is_peft_available, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
 
 from .audio_encoder_dali import build_audio_tower
 from .checkpoint_dali import AudioBackbone, read_audio_backbone
@@ -99,7 +100,23 @@ class EarMixin(PreTrainedModel):
             self.audio_projection.load_state_dict(backbone.projection)
         return backbone
 
-    def get_audio_tokens(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+    def encode_audio(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """
+        The audio encoder's outputs.
+
+        Args:
+            input_features: As the audio encoder takes them: log-mel frames [B, 1024, 128] by default.
+            **kwargs: `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `last_hidden_state` [B, tokens, width]: 512 x 768 by default.
+        """
+        outputs = self.audio_tower(**{self.audio_tower.main_input_name: input_features}, return_dict=True, **kwargs)
+        if outputs.last_hidden_state.ndim == 4:  # CLAP's encoder gives a map [B, width, frequency, time]
+            outputs.last_hidden_state = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+        return outputs
+
+    def get_audio_tokens(self, input_features: torch.Tensor) -> torch.Tensor:
         """
         Audio tokens in the space of the image tokens: what the projector reads, unprojected.
 
@@ -109,27 +126,35 @@ class EarMixin(PreTrainedModel):
         Returns:
             [B, tokens, width]: 512 x 1024 by default.
         """
-        hidden_states = self.audio_tower(
-            **{self.audio_tower.main_input_name: input_features}, return_dict=True, **kwargs
-        ).last_hidden_state
-        if hidden_states.ndim == 4:  # CLAP's encoder gives a map [B, width, frequency, time]
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        return self.audio_projection(hidden_states)
+        return self.audio_projection(self.encode_audio(input_features).last_hidden_state)
 
-    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """
         Encodes clips.
 
         Args:
             input_features: As the audio encoder takes them: log-mel frames [B, 1024, 128] by default.
+            input_features_mask: [B, frames]. Leaves out tokens that are padding only (see [`audio_token_mask`]).
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `last_hidden_state`: audio tokens in the space of the image tokens [B, 512, 1024];
-            `pooler_output`: the same through the audio projector [B, 512, hidden size].
+            `pooler_output`, what stands in the place of `<audio>` placeholders: [B, 512, hidden size], or with a mask
+            a list of [tokens, hidden size], one per clip; and the audio encoder's own `last_hidden_state`
+            [B, 512, 768], `hidden_states` and `attentions`.
         """
-        audio_tokens = self.get_audio_tokens(input_features, **kwargs)
+        outputs = self.encode_audio(input_features, **kwargs)
+        features = self.audio_projector(self.audio_projection(outputs.last_hidden_state))
+        if input_features_mask is not None:
+            masks = self.audio_token_mask(input_features_mask)
+            features = [clip[mask] for clip, mask in zip(features, masks, strict=True)]
         return BaseModelOutputWithPooling(
-            last_hidden_state=audio_tokens, pooler_output=self.audio_projector(audio_tokens)
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def audio_token_mask(self, input_features_mask: torch.Tensor) -> torch.Tensor:
@@ -152,51 +177,68 @@ class EarMixin(PreTrainedModel):
         heard = input_features_mask.view(len(input_features_mask), columns, config.patch_size).any(-1)  # [B, columns]
         return heard[:, None].expand(-1, rows, -1).flatten(1)
 
-    def encode_audio(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
-    ) -> BaseModelOutputWithPooling:
+    def fill_prefix(self, mask: torch.Tensor, inputs_embeds: torch.Tensor, cached: int | torch.Tensor = 0):
         """
-        What stands in the place of `<audio>` placeholders: `pooler_output`, a list of [tokens, hidden size], one per
-        clip. With a mask, tokens that are padding only are left out.
+        Puts the soft prefix where `mask` [B, length] says that `<prefix>` placeholders stand: all of it in each row
+        that has any. Arguments and errors are those of [`fill_placeholders`].
         """
-        features = self.get_audio_features(input_features)
-        if input_features_mask is None:
-            features.pooler_output = list(features.pooler_output)
-        else:
-            masks = self.audio_token_mask(input_features_mask)
-            features.pooler_output = [clip[mask] for clip, mask in zip(features.pooler_output, masks, strict=True)]
-        return features
-
-    def prefix_for(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """The soft tokens for `<prefix>` placeholders at `mask` [B, length]: the whole prefix in each row with any."""
-        rows = int(mask.any(-1).sum())
-        return None if self.prefix is None or rows == 0 else self.prefix.repeat(rows, 1)
+        if self.prefix is None:
+            return fill_placeholders("prefix", None, mask, inputs_embeds, cached)
+        counts = mask.sum(-1)
+        fits = ((counts == 0) | (counts == len(self.prefix))).all() | (cached > 0)
+        torch_compilable_check(fits, lambda: misfit("prefix", int(counts.max()), len(self.prefix)))
+        # The copies are read in order, so a row without a prefix takes nothing from them.
+        return scatter(self.prefix.repeat(len(mask), 1), mask, inputs_embeds)
 
 
 def fill_placeholders(
-    name: str, features: torch.Tensor | None, mask: torch.Tensor, inputs_embeds: torch.Tensor
+    name: str,
+    features: torch.Tensor | None,
+    mask: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    cached: int | torch.Tensor = 0,
 ) -> torch.Tensor:
     """
-    Puts features [tokens, hidden size] where `mask` [B, length] says that placeholders of `name` ("image", "audio",
-    "prefix") stand.
+    Puts soft tokens where placeholders stand. Traced by `torch.compile` and `torch.export`.
+
+    Args:
+        name: Of the placeholders: "image", "audio" or "prefix".
+        features: [tokens, hidden size], or None where there is nothing to put.
+        mask: Boolean [B, length]; where the placeholders stand.
+        inputs_embeds: [B, length, hidden size].
+        cached: How many tokens of a cache the text continues. What continues a cache may be the model's own guess,
+            with any id: it may have placeholders without features.
+
+    Returns:
+        The new `inputs_embeds`.
 
     Raises:
         ValueError: if there are more or fewer placeholders than features.
     """
-    placeholders, available = int(mask.sum()), 0 if features is None else len(features)
-    if placeholders != available:
-        raise ValueError(
-            f"The text has {placeholders} <{name}> placeholders, but there are {available} {name} features. "
-            + {
-                "prefix": "Does the model hold a prefix (`config.prefix_length`), and of that length?",
-                "image": "Do `pixel_values` and the text come from one call of the processor?",
-                "audio": "Do `input_features`, `input_features_mask` and the text come from one call of the "
-                "processor? (A mask makes the model leave out the tokens that are padding only.)",
-            }[name]
-        )
+    found = mask.sum()
     if features is None:
+        torch_compilable_check((found == 0) | (cached > 0), lambda: misfit(name, int(found), 0))
         return inputs_embeds
+    torch_compilable_check(found == len(features), lambda: misfit(name, int(found), len(features)))
+    return scatter(features, mask, inputs_embeds)
+
+
+def scatter(features: torch.Tensor, mask: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Puts the first of `features` [tokens, hidden size] where `mask` [B, length] holds."""
     return inputs_embeds.masked_scatter(mask[..., None], features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def misfit(name: str, placeholders: int, features: int) -> str:
+    """What to say when placeholders and features differ in number."""
+    hints = {
+        "prefix": "Does the model hold a prefix (`config.prefix_length`), and of that length?",
+        "image": "Do `pixel_values` and the text come from one call of the processor?",
+        "audio": "Do `input_features`, `input_features_mask` and the text come from one call of the processor? "
+        "(A mask makes the model leave out the tokens that are padding only.)",
+    }
+    return (
+        f"The text has {placeholders} <{name}> placeholders, but there are {features} {name} features. {hints[name]}"
+    )
 
 
 class DaliMixin(PreTrainedModel):
@@ -220,12 +262,17 @@ class DaliMixin(PreTrainedModel):
 
         Raises:
             ValueError: if the checkpoint lacks a weight of the model, holds one that the model has no place for, or
-                one of another shape (unless `ignore_mismatched_sizes`).
+                one of another shape (unless `ignore_mismatched_sizes`). Who asks for the loading info
+                (`output_loading_info=True`) gets these lists instead.
         """
+        if output_loading_info:
+            return super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
+            )
         # Mismatches are let through here, to be named below together with everything else.
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         require_all_weights(info, str(args[0]) if args else "the checkpoint", ignore_mismatched_sizes)
-        return (model, info) if output_loading_info else model
+        return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
@@ -243,17 +290,14 @@ class DaliMixin(PreTrainedModel):
         if kwargs.get("is_main_process", True) and not card.exists():
             model_card(self.config, Path(save_directory).name).save(card)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> str:
-        """
-        Uploads what `save_pretrained` writes. A repository without a model card gets DALI's.
-
-        All arguments are those of [`~transformers.PreTrainedModel.push_to_hub`].
-        """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not api.file_exists(repo_id, "README.md"):
-            model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
-        return super().push_to_hub(repo_id, private=private, token=token, **kwargs)
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, revision: str | None = None, **kwargs):
+        """The last step of `push_to_hub`: a repository without a model card gets DALI's, in the same commit."""
+        api = HfApi(token=kwargs.get("token"))
+        if not any(api.file_exists(repo_id, "README.md", revision=branch) for branch in {revision, None}):
+            path = Path(working_dir) / "README.md"
+            tags = ModelCard.load(path).data.to_dict().get("tags", [])
+            model_card(self.config, repo_id, tags=tags).save(path)
+        return super()._upload_modified_files(working_dir, repo_id, *args, revision=revision, **kwargs)
 
     def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
         """See [`EarMixin.load_audio_encoder`]."""
@@ -343,17 +387,42 @@ class DaliMixin(PreTrainedModel):
         self.config.prefix_length = len(prefix)
         self.config.prefix_position = position
 
-    # Forward and generation -----------------------------------------------------------------------------------------
+    # Generation and sound -------------------------------------------------------------------------------------------
 
-    # Sound ----------------------------------------------------------------------------------------------------------
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
+        """
+        Writes text.
 
-    def get_audio_tokens(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
+        All arguments are those of [`~transformers.GenerationMixin.generate`].
+
+        Raises:
+            ValueError: if logits are not finite, as broken weights make them: their text would be blanks.
+        """
+        processors = LogitsProcessorList([FiniteLogits(), *(logits_processor or [])])
+        return super().generate(inputs, generation_config, processors, **kwargs)
+
+    def get_audio_tokens(self, input_features: torch.Tensor) -> torch.Tensor:
         """See [`EarMixin.get_audio_tokens`]."""
-        return self.ear.get_audio_tokens(input_features, **kwargs)
+        return self.ear.get_audio_tokens(input_features)
 
-    def get_audio_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """See [`EarMixin.get_audio_features`]."""
-        return self.ear.get_audio_features(input_features, **kwargs)
+        return self.ear.get_audio_features(input_features, input_features_mask, **kwargs)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Lets finite logits through as they are, and -inf, by which other processors forbid tokens."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: if a logit is NaN or +inf.
+        """
+        if not (scores < torch.inf).all():
+            raise ValueError("The logits are not finite: do the model's weights, or its inputs, hold NaN or infinity?")
+        return scores
 
 
 def require_all_weights(info: dict, source: str, ignore_mismatched_sizes: bool = False) -> None:

@@ -1,5 +1,7 @@
 """The model card that a DALI model is saved with."""
 
+from collections.abc import Iterable
+
 from huggingface_hub import ModelCard, ModelCardData
 
 CARD = """---
@@ -48,19 +50,20 @@ Sounds are resampled to the front end's rate. One longer than a clip is split in
 """
 
 
-def model_card(config, name: str, metrics: str | None = None) -> ModelCard:
+def model_card(config, name: str, metrics: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
     """
     Args:
         config: The model's `DaliConfig`.
         name: Folder or Hub id that the example loads.
         metrics: Markdown with what was measured.
+        tags: For the Hub, beside the card's own.
     """
     metadata = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="any-to-any",
         base_model=config.base_model,
-        tags=["dali", "audio-captioning", "llava", "custom_code"],
+        tags=list(dict.fromkeys(["dali", "audio-captioning", "llava", "custom_code", *tags])),
     )
     return ModelCard(
         CARD.format(

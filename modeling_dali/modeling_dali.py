@@ -14,44 +14,33 @@ import dataclasses
 import os
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaModel, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
+from torch import nn
+from transformers import (
+    AutoModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+)
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dali import DaliConfig
 from .ear_dali import DaliMixin, EarMixin, fill_placeholders, require_all_weights
 
-# What language models call their cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on.
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-@dataclasses.dataclass
-class DaliModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    The language model's outputs, and projected tokens [tokens of all images or clips, hidden size]:
-    `image_hidden_states`, `audio_hidden_states`.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
-
-
-@dataclasses.dataclass
-class DaliCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    The language model's outputs, and projected tokens [tokens of all images or clips, hidden size]:
-    `image_hidden_states`, `audio_hidden_states`.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
+# What the forward passes take beside their named arguments.
+KNOWN_KWARGS = {"use_cache", *TransformersKwargs.__annotations__}
 
 
 class DaliModel(EarMixin, LlavaModel):
@@ -62,10 +51,12 @@ class DaliModel(EarMixin, LlavaModel):
     input_modalities = ("image", "audio", "text")
 
     def __init__(self, config: DaliConfig):
-        super().__init__(config)
+        LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would draw all weights, and `post_init` once more
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
         # The projector reads as many image features as there are selected vision layers, side by side.
-        width = self.multi_modal_projector.linear_1.in_features
-        self.build_ear(width, copy.deepcopy(self.multi_modal_projector))
+        self.build_ear(self.multi_modal_projector.linear_1.in_features, LlavaMultiModalProjector(config))
         self.post_init()
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -79,11 +70,10 @@ class DaliModel(EarMixin, LlavaModel):
             [B, tokens, width]: 576 x 1024 for CLIP ViT-L/14-336.
         """
         layers = self.config.vision_feature_layer
-        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        layers = [layers] if isinstance(layers, int) else layers
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=layers, return_dict=True).hidden_states
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0  # drops the class token
-        return torch.cat(
-            [hidden_states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1
-        )
+        return torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1)
 
     def placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -106,6 +96,7 @@ class DaliModel(EarMixin, LlavaModel):
         return embeddings(input_ids)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -120,9 +111,8 @@ class DaliModel(EarMixin, LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> DaliModelOutputWithPast:
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaModelOutputWithPast:
         """
         LLaVA's forward with two more inputs.
 
@@ -135,8 +125,7 @@ class DaliModel(EarMixin, LlavaModel):
             TypeError: for an argument that the model does not know: it would be left out without a word.
             ValueError: if placeholders and features differ in number.
         """
-        known = {"use_cache", *TransformersKwargs.__annotations__}
-        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
+        unknown = [name for name, value in kwargs.items() if name not in KNOWN_KWARGS and value is not None]
         if unknown:
             raise TypeError(f"Unknown inputs {unknown}: sound is `input_features`, images are `pixel_values`.")
         if (input_ids is None) == (inputs_embeds is None):
@@ -145,6 +134,7 @@ class DaliModel(EarMixin, LlavaModel):
         for name, given in (("image", pixel_values), ("audio", input_features)):
             if given is not None and encoded.get(name) is not None:
                 raise ValueError(f"The {name} inputs were given twice: raw and as `mm_encoder_outputs`.")
+        captured = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         if pixel_values is not None:
             encoded["image"] = self.get_image_features(
                 pixel_values,
@@ -152,44 +142,46 @@ class DaliModel(EarMixin, LlavaModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
                 return_dict=True,
+                **captured,
             )
         if input_features is not None:
-            encoded["audio"] = self.encode_audio(input_features, input_features_mask)
-        features = {
-            name: torch.cat(list(encoded[name].pooler_output)) if encoded.get(name) is not None else None
-            for name in ("image", "audio")
-        }
+            encoded["audio"] = self.get_audio_features(
+                input_features, input_features_mask, return_dict=True, **captured
+            )
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_text(input_ids)
-        cache = past_key_values if cache is None else cache
-        # Text that continues a cache was written by the model: it has no placeholders to fill, whatever its ids. The
-        # length is asked first: for a static cache the second question waits for the device.
-        is_start = inputs_embeds.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0)
-        if is_start or any(given is not None for given in features.values()):
-            masks = {
-                name: self.placeholder_mask(getattr(self.config, f"{name}_token_index"), input_ids, inputs_embeds)
-                for name in ("image", "audio", "prefix")
-            }
-            soft_tokens = features | {"prefix": self.prefix_for(masks["prefix"])}
-            for name, mask in masks.items():
-                inputs_embeds = fill_placeholders(name, soft_tokens[name], mask, inputs_embeds)
+        if encoded or inputs_embeds.shape[1] > 1:  # a single token is the model's own
+            cached = 0 if cache is None else cache.get_seq_length()
+            inputs_embeds = self.fill_all_placeholders(input_ids, inputs_embeds, encoded, cached)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{CACHE: cache},
+            cache=cache,
             **kwargs,
         )
-        return DaliModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features["image"],
-            audio_hidden_states=features["audio"],
-            **{CACHE: outputs.get(CACHE)},
+        return LlavaModelOutputWithPast(
+            **outputs, image_outputs=encoded.get("image"), audio_outputs=encoded.get("audio")
         )
+
+    def fill_all_placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        encoded: dict[str, BaseModelOutputWithPooling],
+        cached: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """Images, sounds and the soft prefix into their places; see [`fill_placeholders`] for arguments and errors."""
+        masks = {
+            name: self.placeholder_mask(getattr(self.config, f"{name}_token_index"), input_ids, inputs_embeds)
+            for name in ("image", "audio", "prefix")
+        }
+        for name in ("image", "audio"):
+            features = None if encoded.get(name) is None else torch.cat(list(encoded[name].pooler_output))
+            inputs_embeds = fill_placeholders(name, features, masks[name], inputs_embeds, cached)
+        return self.fill_prefix(masks["prefix"], inputs_embeds, cached)
 
 
 class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
@@ -212,8 +204,9 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
     input_modalities = ("image", "audio", "text")
 
     def __init__(self, config: DaliConfig):
-        super().__init__(config)
+        LlavaPreTrainedModel.__init__(self, config)  # as in `DaliModel`
         self.model = DaliModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @property
@@ -259,12 +252,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             raise TypeError(f"{sorted(kwargs)} apply where LLaVA is loaded from a checkpoint; a model was given.")
         if isinstance(audio_encoder, PreTrainedModel):
             audio_config = audio_encoder.config
-        vocabulary = llava.get_input_embeddings().num_embeddings
-        fields = {field.name: getattr(llava.config, field.name) for field in dataclasses.fields(llava.config)}
-        fields |= {"architectures": None, "transformers_version": None, "audio_config": audio_config}
-        fields |= {"audio_token_index": vocabulary, "prefix_token_index": vocabulary + 1}
-        fields |= {"base_model": llava.name_or_path or None}
-        config = DaliConfig(**fields)
+        config = config_from_llava(llava, audio_config)
 
         with torch.device("meta"):
             model = cls(config)
@@ -273,6 +261,12 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         model.lm_head = llava.lm_head
         projector = copy.deepcopy(llava.model.multi_modal_projector)
         model.model.build_ear(projector.linear_1.in_features, projector, audio_encoder)
+        given = {"vision_config": llava.config.vision_config, "text_config": llava.config.text_config}
+        given |= {"audio_config": audio_config} if isinstance(audio_encoder, PreTrainedModel) else {}
+        for module in model.modules():  # what came with another configuration reads this one from now on
+            for name, theirs in given.items():
+                if getattr(module, "config", None) is theirs:
+                    module.config = getattr(config, name)
         model.model.audio_tower.to(llava.device, llava.dtype)
         model.model.audio_projection.to(llava.device, llava.dtype)
         model.generation_config = copy.deepcopy(llava.generation_config)
@@ -287,6 +281,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         return self.model.get_image_tokens(pixel_values)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -303,12 +298,14 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> DaliCausalLMOutputWithPast:
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaCausalLMOutputWithPast:
         """
         Args:
             labels: [B, length]; token ids to predict, -100 where there is nothing to predict.
+            shift_labels: [B, length]; the same, one position earlier already, as sequence parallel training gives
+                them. They take the place of `labels`.
 
         All other arguments, and the errors, are those of [`DaliModel.forward`].
         """
@@ -325,28 +322,28 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             input_features=input_features,
             input_features_mask=input_features_mask,
-            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return DaliCausalLMOutputWithPast(
+        if labels is not None or shift_labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits, labels, vocab_size=vocabulary, shift_labels=shift_labels, **kwargs)
+        return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            audio_hidden_states=outputs.audio_hidden_states,
-            **{CACHE: outputs.get(CACHE)},
+            image_outputs=outputs.image_outputs,
+            audio_outputs=outputs.audio_outputs,
         )
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
-        """The base class's; the cache goes by its former name too, by which PEFT 0.21's prompt tuning looks for it."""
+        """The base class's. PEFT 0.21, which wraps this method, looks for the cache by its former name."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if "cache" in inputs:
+        if "prepare_inputs_for_generation" in vars(self) and "cache" in inputs:
             inputs["past_key_values"] = inputs["cache"]
         return inputs
 
@@ -356,7 +353,9 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         input_features = model_kwargs.pop("input_features", None)
         mask = model_kwargs.pop("input_features_mask", None)
         if input_features is not None:
-            model_kwargs["mm_encoder_outputs"]["audio"] = self.model.encode_audio(input_features, mask)
+            model_kwargs["mm_encoder_outputs"]["audio"] = self.model.get_audio_features(
+                input_features, mask, return_dict=True
+            )
         return model_kwargs
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
@@ -370,9 +369,22 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         if input_ids is not None and input_ids.numel() == 0:
             input_ids = None
         mask = self.model.placeholder_mask(self.config.audio_token_index, input_ids, inputs_embeds)
-        rows = torch.cat(audio.pooler_output).split(mask.sum(-1).tolist())
+        rows = torch.cat(list(audio.pooler_output)).split(mask.sum(-1).tolist())
         audio.pooler_output = [row for row in rows for _ in range(expand_size)]
         return mm_encoder_output
+
+
+def config_from_llava(llava: LlavaForConditionalGeneration, audio_config: PreTrainedConfig | None) -> DaliConfig:
+    """The configuration of a DALI model that is built from `llava`; it shares no part with the ones given."""
+    names = [field.name for field in dataclasses.fields(llava.config)]
+    fields = copy.deepcopy({name: getattr(llava.config, name) for name in names} | {"audio_config": audio_config})
+    vocabulary = llava.get_input_embeddings().num_embeddings
+    fields |= {"audio_token_index": vocabulary, "prefix_token_index": vocabulary + 1}
+    fields |= {"architectures": None, "transformers_version": None, "base_model": llava.name_or_path or None}
+    # A new configuration sets the attention of all its parts; they keep what they had.
+    parts = {"vision_config": llava.config.vision_config, "text_config": llava.config.text_config}
+    attention = {name: part._attn_implementation for name, part in parts.items()}
+    return DaliConfig(**fields, attn_implementation=attention | {"": llava.config._attn_implementation})
 
 
 DaliForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")

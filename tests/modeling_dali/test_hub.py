@@ -122,28 +122,34 @@ def test_a_card_that_is_there_is_kept(saved, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_push_to_hub_uploads_code_weights_and_card(saved, monkeypatch):
+@pytest.mark.parametrize("where", [{}, {"create_pr": True}, {"revision": "trial"}])
+def test_push_to_hub_uploads_code_weights_and_card_in_one_commit(saved, monkeypatch, where):
     """With the Hub replaced by what it is asked for."""
     from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
     from transformers import PreTrainedModel
 
-    calls = {}
+    commits = []
 
     class Repo:
         repo_id = "someone/tiny-dali"
 
-    def card_pushed(self, repo_id, **kwargs):
-        calls["card"] = self.content
+    def uploaded(self, folder, repo_id, files_timestamps, create_pr=False, revision=None, **kwargs):
+        card = ModelCard.load(Path(folder) / "README.md")
+        commits.append(({path.name for path in Path(folder).iterdir()}, card, create_pr, revision))
 
-    def uploaded(self, folder, repo_id, *args, **kwargs):
-        calls["files"] = {path.name for path in Path(folder).iterdir()}
-        calls["repo"] = repo_id
+    def no_card(cls, name, **kwargs):
+        if name != "someone/tiny-dali":
+            return load(name, **kwargs)
+        raise EntryNotFoundError("README.md")
 
+    load = ModelCard.load
     monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: Repo)
     monkeypatch.setattr(HfApi, "file_exists", lambda *args, **kwargs: False)
-    monkeypatch.setattr(ModelCard, "push_to_hub", card_pushed)
-    monkeypatch.setattr(ModelCard, "load", classmethod(lambda cls, *args, **kwargs: cls(calls["card"])))
+    monkeypatch.setattr(ModelCard, "load", classmethod(no_card))
     monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", uploaded)
-    saved[1].push_to_hub("someone/tiny-dali")
-    assert calls["repo"] == "someone/tiny-dali" and "DALI: someone/tiny-dali" in calls["card"]
-    assert {"modeling_dali.py", "model.safetensors", "README.md", "config.json"} <= calls["files"]
+    saved[1].push_to_hub("someone/tiny-dali", tags=["mine"], **where)
+    ((files, card, create_pr, revision),) = commits
+    assert {"modeling_dali.py", "ear_dali.py", "model.safetensors", "README.md", "config.json"} <= files
+    assert "DALI: someone/tiny-dali" in card.text and {"dali", "mine"} <= set(card.data.tags)
+    assert (create_pr, revision) == (where.get("create_pr", False), where.get("revision"))

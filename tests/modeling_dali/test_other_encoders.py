@@ -76,7 +76,7 @@ def test_another_encoder(encoder, tmp_path):
     tokens = (inputs["input_ids"] == model.config.audio_token_index).sum()
     assert tokens == model.config.audio_seq_length * sum(counts)
     output = model.get_audio_features(inputs["input_features"])
-    assert output.last_hidden_state.shape == (sum(counts), model.config.audio_seq_length, 24)
+    assert output.pooler_output.shape == (sum(counts), model.config.audio_seq_length, 32)
     with torch.no_grad():
         logits = model(**inputs).logits
         other = dict(inputs) | {"input_features": inputs["input_features"] * 0.5}
