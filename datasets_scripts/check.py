@@ -4,8 +4,7 @@
     python -m datasets_scripts.check audiocaps tables/ --media videos/ --output report.json
     python -m datasets_scripts.check shards prepared/
 
-Videos vanish, and papers differ by 5 to 15 % in the clips that they had: `tables.save_ids` keeps with an evaluation
-the exact list that it used.
+Videos vanish, and papers differ by 5 to 15 % in the clips that they had: keep the report with every evaluation.
 """
 
 import argparse
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets_scripts.builders.tables import MEDIA_EXTENSIONS, is_prepared
-from datasets_scripts.files import Folder
+from datasets_scripts.commands import run_command
+from datasets_scripts.files import Folder, write_whole
 from datasets_scripts.shards import open_shards, read_manifest
 
 TABLES = {
@@ -140,22 +140,22 @@ def _check_shards(path: str | Path) -> Report:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; see the module's description. The exit code is 0 only if nothing is missing."""
+    """The command line; see the module's description. The exit code is 2 if something is missing."""
     parser = argparse.ArgumentParser("datasets_scripts.check", description=__doc__.split("\n")[0])
     parser.add_argument("name", help=f"shards, {', '.join(TABLES)}")
     parser.add_argument("folder", type=Path, help="of the official tables, or of shards")
     parser.add_argument("--media", type=Path, help=f"folder of files ({', '.join(MEDIA_EXTENSIONS)}) or of shards")
     parser.add_argument("--output", type=Path, help="JSON file for the whole report, with all missing ids")
-    options = parser.parse_args(arguments)
-    try:
-        reports = check(options.name, options.folder, options.media)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(parser, _check, arguments)
+
+
+def _check(options: argparse.Namespace) -> int:
+    reports = check(options.name, options.folder, options.media)
     print("\n".join(map(str, reports)))
     if options.output:
-        options.output.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
-    return 0 if all(report.complete for report in reports) else 1
+        with write_whole(options.output) as part:
+            part.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 0 if all(report.complete for report in reports) else 2
 
 
 if __name__ == "__main__":

@@ -74,6 +74,18 @@ class ClipRequest:
             return self.path, self.start, self.end
         return self._inside(Path(self.root, self.path)), self.start, self.end
 
+    def file_state(self) -> list[int] | None:
+        """Size and time of the last change (ns) of the file, by which a changed one is known; None if there is none.
+
+        What a URL names is taken to stay as it is.
+        """
+        try:
+            path, _, _ = self.locate()
+            status = Path(path).stat()
+        except (ClipError, OSError):
+            return None
+        return [status.st_size, status.st_mtime_ns]
+
     def _look_up(self) -> tuple[str, float, float | None]:
         assert self.youtube_id is not None and self.end is not None
         found = find_media(self.root, self.youtube_id, self.start, self.end, VIDEO_EXTENSIONS + AUDIO_EXTENSIONS)

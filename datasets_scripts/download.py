@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from datasets_scripts.builders.tables import read_table, text, wrong
 from datasets_scripts.clips import Segment, check_youtube_id, clip_id, parse_seconds, parse_segment, segment_lines
+from datasets_scripts.commands import run_command
 from datasets_scripts.files import locked, sweep, write_whole
 
 NETWORK = {
@@ -81,10 +82,10 @@ def download(
     folder = Path(output)
     with locked(folder):
         sweep(folder)
-        return _download(segments, folder, extract, attempts, sleep, wait, progress)
+        return _fetch_all(segments, folder, extract, attempts, sleep, wait, progress)
 
 
-def _download(
+def _fetch_all(
     segments: Iterable[Segment],
     folder: Path,
     extract: Callable[[str], Sequence[Media]],
@@ -336,16 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sleep", type=float, default=1.0, help="seconds between clips")
     parser.add_argument("--attempts", type=int, default=4, help="for each clip, with pauses that double")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    try:
-        segments = read_segments(options.name, options.table)
-        extract = YtDlp(options.height, options.cookies)
-        counts = download(
-            segments, options.output, extract, options.attempts, options.sleep, progress=not options.quiet
-        )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser, _download, arguments)
+
+
+def _download(options: argparse.Namespace) -> int:
+    segments = read_segments(options.name, options.table)
+    extract = YtDlp(options.height, options.cookies)
+    counts = download(segments, options.output, extract, options.attempts, options.sleep, progress=not options.quiet)
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     return 0
 

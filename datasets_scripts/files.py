@@ -181,6 +181,10 @@ class Folder:
         with self.open(name) as file:
             return file.read()
 
+    def size(self, name: str) -> int:
+        """The number of bytes of a file."""
+        return self.filesystem.size(self._full(name))
+
     def remove(self, name: str) -> None:
         """Removes a file if it is there."""
         if self.exists(name):

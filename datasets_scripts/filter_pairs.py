@@ -6,8 +6,8 @@
 
 Each clip gets a score, smaller for a better match, and the K clips with the smallest ones are kept, with their scores
 as a column. The paper's rule (appendix C) is the first form: captions of the frames, their distance to the names of
-the clip's labels, mean over the frames. The second form takes any function of rows; `TokenDistance` makes one that
-needs no labels from a model's aligned audio and image tokens. A run that was stopped goes on where it was.
+the clip's labels, mean over the frames. The second form takes any function of rows, such as the distance of a model's
+audio tokens from its image tokens, which needs no labels. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from datasets_scripts.builders.audioset import label_names
+from datasets_scripts.commands import run_command
 from datasets_scripts.files import Folder, claim
 from datasets_scripts.shards import commit_shard, finish, read_manifest, shard_name
 from datasets_scripts.workers import Engine, run_tasks
@@ -61,8 +62,8 @@ def filter_pairs(
         name: of the rule, by which a later run knows whether its scores are the same.
         batch_size: rows that `score` gets at a time.
         engine: "local" or "ray"; a task is a shard.
-        workers: processes or Ray tasks at a time; 1 stays in this process.
-        gpus: GPUs for each Ray task.
+        workers: processes or Ray actors; 1 stays in this process.
+        gpus: GPUs for each Ray actor.
         progress: shows bars with rate and time left.
 
     Returns:
@@ -243,28 +244,12 @@ class CaptionDistance:
 
     def _names(self, row: dict[str, Any]) -> str:
         if not row["labels"]:
-            raise ValueError(f"clip {row['id']!r} has no label: this rule needs them, TokenDistance does not")
+            raise ValueError(f"clip {row['id']!r} has no label: this rule needs them")
         if self.names is None:
             return ", ".join(row["labels"])
         if unknown := [label for label in row["labels"] if label not in self.names]:
             raise ValueError(f"clip {row['id']!r} has the label {unknown[0]!r}, which has no name")
         return ", ".join(self.names[label] for label in row["labels"])
-
-
-class TokenDistance:
-    """The rule without labels: how far a clip's audio tokens are from its image tokens, in an aligned model.
-
-    Args:
-        tokens: takes rows, gives audio tokens [rows, n, d] and image tokens [rows, m, d].
-        distance: takes both, gives a number for each row, such as a loss of `trainers.losses`.
-    """
-
-    def __init__(self, tokens: Callable[[Rows], tuple[Any, Any]], distance: Callable[[Any, Any], Any]):
-        self.tokens, self.distance = tokens, distance
-
-    def __call__(self, rows: Rows) -> list[float]:
-        """Gives the distance for each row."""
-        return [float(value) for value in self.distance(*self.tokens(rows))]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -361,34 +346,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="clips")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--gpus", type=float, default=0, help="for each Ray task")
+    parser.add_argument("--gpus", type=float, default=0, help="for each Ray actor")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    try:
-        score: Score
-        if options.captioner:
-            names = label_names(options.labels) if options.labels else None
-            score = CaptionDistance(Captioner(options.captioner), Embedder(options.embedder), names)
-            name = f"captions by {options.captioner}, embedded by {options.embedder}"
-        elif options.score:
-            score, name = _imported(options.score), options.score
-        else:
-            score, name = _Column(options.column), f"column {options.column}"
-        manifest = filter_pairs(
-            options.source,
-            options.output,
-            score,
-            options.keep,
-            name,
-            options.batch_size,
-            options.engine,
-            options.workers,
-            options.gpus,
-            not options.quiet,
-        )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser, _filter, arguments)
+
+
+def _filter(options: argparse.Namespace) -> int:
+    score: Score
+    if options.captioner:
+        names = label_names(options.labels) if options.labels else None
+        score = CaptionDistance(Captioner(options.captioner), Embedder(options.embedder), names)
+        name = f"captions by {options.captioner}, embedded by {options.embedder}"
+    elif options.score:
+        score, name = _imported(options.score), options.score
+    else:
+        score, name = _Column(options.column), f"column {options.column}"
+    manifest = filter_pairs(
+        options.source,
+        options.output,
+        score,
+        options.keep,
+        name,
+        options.batch_size,
+        options.engine,
+        options.workers,
+        options.gpus,
+        not options.quiet,
+    )
     print(f"kept {manifest['rows']} of {manifest['plan']['filter']['of']} clips: {options.output}")
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m datasets_scripts.prepare videos/ --output prepared/
     python -m datasets_scripts.prepare balanced_train_segments.csv --videos videos/ --output s3://bucket/balanced
-    python -m datasets_scripts.prepare files.txt --output prepared/ --format tar --engine ray --workers 64
+    python -m datasets_scripts.prepare files.txt --output prepared/ --engine ray --workers 64
 
 SOURCE is a folder, a text file with one path a line, or an index CSV in AudioSet's format. A run that was stopped is
 continued by the same command, and gives the shards that it would have given. Clips that cannot be read are listed in
@@ -24,10 +24,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from datasets_scripts.clips import ClipRequest, from_folder, from_index, from_list
+from datasets_scripts.commands import run_command
 from datasets_scripts.files import Folder, claim, locked
 from datasets_scripts.records import Limits, Settings, failure, read_record
-from datasets_scripts.shards import Journal, commit_shard, finish, grouped, shard_name
-from datasets_scripts.workers import Casualty, Engine, GuardedPool, run_tasks
+from datasets_scripts.shards import Journal, commit_shard, finish, grouped, read_report, shard_name
+from datasets_scripts.workers import Casualty, Engine, guarded_map, run_tasks
 
 
 def prepare(
@@ -37,7 +38,7 @@ def prepare(
     limits: Limits = Limits(),  # noqa: B008
     workers: int | None = None,
     engine: Engine = "local",
-    retry_failures: bool = False,
+    refresh: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes clips to shards; continues where an earlier run was stopped.
@@ -47,17 +48,17 @@ def prepare(
         output: local folder or URL.
         settings: what decides the content of the shards.
         limits: for each clip.
-        workers: processes (all CPU cores by default), or Ray tasks at a time.
+        workers: processes (all CPU cores by default), or Ray actors.
         engine: "local", or "ray", where each task is a shard; the records are the same.
-        retry_failures: makes shards with failures anew, for files that have come since.
+        refresh: makes shards anew that hold failures (files may have come since), or clips whose files have changed.
         progress: shows a bar with rate and time left.
 
     Returns:
         The manifest: counts, checksums, and numbers of failures by reason.
 
     Raises:
-        ValueError: if an id occurs twice, there is no clip, or the output folder belongs to another source or to
-            other settings.
+        ValueError: if an id occurs twice, there is no clip, the output folder belongs to another source or to other
+            settings, or a file has changed since its shard was made.
         RuntimeError: if another run is writing to the output folder.
     """
     workers = workers or os.cpu_count() or 1
@@ -66,27 +67,18 @@ def prepare(
     plan = {"clips": count, "fingerprint": fingerprint, "settings": asdict(settings)}
     work = _work_folder(folder, plan)
     with locked(folder.root if folder.local else work):
-        work.mkdir(parents=True, exist_ok=True)
         _begin(folder, work, plan)
-        folder.sweep()
-        done = {}
-        for name in folder.names("reports", ".json"):
-            report = json.loads(folder.read(name))
-            if retry_failures and report["failures"]:
-                folder.remove(name)
-            else:
-                done[name] = report["clips"]
-        shards = (
-            (index, shard)
-            for index, shard in enumerate(grouped(requests(), settings.shard_size))
-            if f"reports/{shard_name(index)}.json" not in done
-        )
-        with tqdm(total=count, initial=sum(done.values()), unit="clip", disable=not progress, smoothing=0.05) as bar:
+        finished = _finished(folder, grouped(requests(), settings.shard_size), refresh)
+        if len(finished) < -(-count // settings.shard_size):
+            folder.remove("manifest.json")  # says that all shards are there
+        shards = (shard for shard in enumerate(grouped(requests(), settings.shard_size)) if shard[0] not in finished)
+        writer = _ShardWriter(folder.path, work, settings, limits)
+        done = sum(finished.values())
+        with tqdm(total=count, initial=done, unit="clip", disable=not progress, smoothing=0.05) as bar:
             if engine == "local":
-                for _ in _write_shards(shards, folder, work, settings, limits, workers, bar.update):
+                for _ in writer.write(shards, workers, bar.update):
                     pass
             else:
-                writer = _ShardWriter(folder.path, work, settings, limits)
                 for clips in run_tasks(writer, shards, engine, workers):
                     bar.update(clips)
         for journal in work.glob("*.sqlite*"):  # of a run that was killed between a report and its clean-up
@@ -96,58 +88,77 @@ def prepare(
         return finish(folder, plan)
 
 
+def _finished(folder: Folder, shards: Iterable[list[ClipRequest]], refresh: bool) -> dict[int, int]:
+    """Index and number of clips of the shards that are to stay as they are."""
+    finished = {}
+    for index, clips in enumerate(shards):
+        report = read_report(folder, index)
+        if report is None:
+            continue
+        changed = _changed(clips, report["sources"])
+        if changed and not refresh:
+            raise ValueError(
+                f"the file of {changed.id!r} has changed since {shard_name(index)} was made of it: let --refresh make "
+                "such shards anew, or choose another output folder"
+            )
+        if not changed and not (refresh and report["failures"]):
+            finished[index] = len(clips)
+    return finished
+
+
+def _changed(clips: list[ClipRequest], sources: list[list[int] | None]) -> ClipRequest | None:
+    """The first clip whose file is not the one that was read; files that have come or gone since are no change."""
+    for clip, then in zip(clips, sources, strict=True):
+        if then is not None and clip.file_state() not in (then, None):
+            return clip
+    return None
+
+
 class _ShardWriter:
-    """Writes one shard, wherever it is called: the task that Ray spreads over machines."""
+    """Writes shards, wherever it is called: the task that Ray spreads over machines."""
 
     def __init__(self, output: str, work: Path, settings: Settings, limits: Limits):
         self.output, self.work, self.settings, self.limits = output, work, settings, limits
 
     def __call__(self, shard: tuple[int, list[ClipRequest]]) -> int:
-        folder = Folder(self.output)
-        reports = _write_shards([shard], folder, self.work, self.settings, self.limits, 1, lambda clips: None)
-        return sum(report["clips"] for report in reports)
+        """Writes one shard in a single process; gives its number of clips."""
+        return sum(report["clips"] for report in self.write([shard], 1, lambda clips: None))
 
+    def write(
+        self, shards: Iterable[tuple[int, list[ClipRequest]]], workers: int, advance: Callable[[int], Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Reads clips in child processes, and writes each shard when its last clip is in. Yields the reports."""
+        journals: dict[int, tuple[Journal, set[int]]] = {}  # by shard: finished clips, positions still to come
 
-def _write_shards(
-    shards: Iterable[tuple[int, list[ClipRequest]]],
-    folder: Folder,
-    work: Path,
-    settings: Settings,
-    limits: Limits,
-    workers: int,
-    advance: Callable[[int], Any],
-) -> Iterator[dict[str, Any]]:
-    """Reads clips in child processes, and writes each shard when its last clip is in. Yields the reports."""
-    journals: dict[int, tuple[Journal, set[int]]] = {}  # by shard: finished clips, positions still to come
+        def items() -> Iterator[tuple[Any, Any]]:
+            for index, clips in shards:
+                journal = Journal(self.work / f"{shard_name(index)}.sqlite")
+                finished = journal.finished(clips)
+                advance(len(finished))
+                missing = set(range(len(clips))) - finished
+                journals[index] = journal, missing
+                for position in sorted(missing):
+                    yield (index, position, clips[position]), (clips[position], self.settings)
 
-    def items() -> Iterator[tuple[Any, Any]]:
-        for index, clips in shards:
-            journal = Journal(work / f"{shard_name(index)}.sqlite")
-            finished = journal.positions()
-            advance(len(finished))
-            missing = set(range(len(clips))) - finished
-            journals[index] = journal, missing
-            for position in sorted(missing):
-                yield (index, position, clips[position].id), (clips[position], settings)
-
-    with GuardedPool(read_record, workers, limits.timeout, limits.memory) as pool:
-        for key, outcome in pool.map(items()):
-            index, position, clip = key
+        folder, limits = Folder(self.output), self.limits
+        for (index, position, clip), outcome in guarded_map(
+            read_record, items(), workers, limits.timeout, limits.memory
+        ):
             if isinstance(outcome, Casualty):
-                outcome = failure(clip, outcome.reason, outcome.detail)
+                outcome = {"file": clip.file_state(), **failure(clip.id, outcome.reason, outcome.detail)}
             journal, missing = journals[index]
             journal.add(position, outcome)
             missing.discard(position)
             advance(1)
             # A shard that was whole in its journal already gives no item of its own, so all are looked at.
             for index in [index for index, (_, missing) in journals.items() if not missing]:
-                yield _commit(folder, index, journals.pop(index)[0], settings)
-    for index in sorted(journals):
-        yield _commit(folder, index, journals.pop(index)[0], settings)
+                yield _commit(folder, index, journals.pop(index)[0])
+        for index in sorted(journals):
+            yield _commit(folder, index, journals.pop(index)[0])
 
 
-def _commit(folder: Folder, index: int, journal: Journal, settings: Settings) -> dict[str, Any]:
-    report = commit_shard(folder, index, journal.outcomes(), settings.shard_format)
+def _commit(folder: Folder, index: int, journal: Journal) -> dict[str, Any]:
+    report = commit_shard(folder, index, journal.outcomes())
     journal.remove()
     return report
 
@@ -157,7 +168,7 @@ def _survey(requests: Callable[[], Iterable[ClipRequest]]) -> tuple[int, str]:
     total = hashlib.sha256()
     hashes = array("Q")
     for request in requests():
-        total.update(repr((request.id, request.start, request.end, request.labels)).encode())
+        total.update(repr((request.id, request.path, request.start, request.end, request.labels)).encode())
         hashes.append(_hash(request.id))
     values = np.sort(np.frombuffer(hashes, np.uint64)) if hashes else np.zeros(0, np.uint64)
     if not len(values):
@@ -186,6 +197,8 @@ def _begin(folder: Folder, work: Path, plan: dict[str, Any]) -> None:
             journal.unlink()
     settings = {name: value for name, value in plan.items() if name != "settings"} | plan["settings"]
     claim(folder, settings, "plan.json")
+    folder.sweep()
+    work.mkdir(parents=True, exist_ok=True)
 
 
 def _work_folder(folder: Folder, plan: dict[str, Any]) -> Path:
@@ -237,36 +250,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frame-size", type=int, default=Settings.frame_size, help="shorter side; 0: as it is")
     parser.add_argument("--jpeg-quality", type=int, default=Settings.jpeg_quality)
     parser.add_argument("--shard-size", type=int, default=Settings.shard_size, help="clips a shard")
-    parser.add_argument("--format", choices=("parquet", "tar"), default=Settings.shard_format)
     parser.add_argument("--allow-short", action="store_true", help="take videos that end before their segment does")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the source folder")
-    parser.add_argument("--retry-failures", action="store_true", help="read clips again that have failed")
+    parser.add_argument("--refresh", action="store_true", help="make shards anew with failures or changed files")
     parser.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds for one clip")
     parser.add_argument("--memory", type=int, default=Limits.memory >> 20, help="MiB for one process")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
-    parser.add_argument("--workers", type=int, help="processes or Ray tasks (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes or Ray actors (default: all cores)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    settings = Settings(
-        options.frames, options.frame_size or None, options.jpeg_quality, options.shard_size, options.format
+    return run_command(parser, _prepare, arguments)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    manifest = prepare(
+        clips_of(options.source, options.videos, options.seconds or None, options.allow_short, options.follow_links),
+        options.output,
+        Settings(options.frames, options.frame_size or None, options.jpeg_quality, options.shard_size),
+        Limits(options.timeout, options.memory << 20),
+        options.workers,
+        options.engine,
+        options.refresh,
+        not options.quiet,
     )
-    try:
-        requests = clips_of(
-            options.source, options.videos, options.seconds or None, options.allow_short, options.follow_links
-        )
-        manifest = prepare(
-            requests,
-            options.output,
-            settings,
-            Limits(options.timeout, options.memory << 20),
-            options.workers,
-            options.engine,
-            options.retry_failures,
-            not options.quiet,
-        )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["failures"].items()))
     print(f"{manifest['rows']} of {manifest['clips']} clips in {len(manifest['files'])} shards: {options.output}")
     if failures:

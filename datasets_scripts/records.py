@@ -17,14 +17,12 @@ class Settings:
         frame_size: shorter side to which larger frames are reduced, in pixels; None keeps their size.
         jpeg_quality: of the frames.
         shard_size: clips a shard, failures counted in.
-        shard_format: "parquet" or "tar" (webdataset).
     """
 
     frames: int = 10
     frame_size: int | None = 336
     jpeg_quality: int = 90
     shard_size: int = 256
-    shard_format: str = "parquet"
 
     def __post_init__(self) -> None:
         """Refuses numbers that make no sense."""
@@ -32,8 +30,6 @@ class Settings:
             raise ValueError(f"expected frames >= 0, shard_size >= 1 and jpeg_quality in 1..95, got {self}")
         if self.frame_size is not None and self.frame_size < 16:
             raise ValueError(f"frame_size must be at least 16 pixels, got {self.frame_size}")
-        if self.shard_format not in ("parquet", "tar"):
-            raise ValueError(f"shard_format must be 'parquet' or 'tar', got {self.shard_format!r}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,12 @@ class Limits:
 
 
 def read_record(item: tuple[ClipRequest, Settings]) -> dict[str, Any]:
-    """Reads one clip: gives a record, or a failure that says why there is none."""
+    """Reads one clip: gives a record, or a failure that says why there is none; either with the state of its file."""
     request, settings = item
+    return {"file": request.file_state(), **_read(request, settings)}
+
+
+def _read(request: ClipRequest, settings: Settings) -> dict[str, Any]:
     try:
         path, start, end = request.locate()
         clip = read_clip(path, start, end, settings.frames, settings.frame_size, allow_short=request.allow_short)

@@ -3,30 +3,28 @@
 A folder of shards:
 
     plan.json           what was asked: settings, number of clips, fingerprint of the source
-    shards/*.parquet    (or .tar) the records
-    reports/*.json      one a shard, written last: counts, checksum, failures. A shard without one does not count.
+    shards/*.parquet    the records
+    reports/*.json      one a shard, written last: counts, checksum, failures, states of the source files. A shard
+                        without one does not count.
     manifest.json       counts and checksums of all
     failures.jsonl      id, reason and detail of every clip that could not be read
     README.md           the data set card, by which `datasets.load_dataset(folder)` finds the shards
 """
 
-import hashlib
-import io
 import json
 import os
-import pickle
 import sqlite3
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datasets_scripts.clips import ClipRequest
 from datasets_scripts.files import Folder
 
 FEATURES = datasets.Features(
@@ -47,6 +45,8 @@ ROW_GROUP = 32  # rows that a reader holds at a time
 class Journal:
     """Finished clips of a shard that is not finished, on local disk: what a killed run leaves for the next one.
 
+    Outcomes are JSON and bytes: nothing that is read back can run code.
+
     Args:
         path: of the file.
     """
@@ -64,20 +64,31 @@ class Journal:
         self._database = sqlite3.connect(self.path, isolation_level=None, timeout=60)
         # A process that is killed loses nothing without syncs; only a power cut does.
         self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute("CREATE TABLE IF NOT EXISTS clips (position INTEGER PRIMARY KEY, outcome BLOB)")
+        if self._database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError(f"{self.path} is damaged")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS clips (position INTEGER PRIMARY KEY, file TEXT, outcome TEXT, media BLOB)"
+        )
 
-    def positions(self) -> set[int]:
-        """Of the clips that are in."""
-        return {position for (position,) in self._database.execute("SELECT position FROM clips")}
+    def finished(self, clips: Sequence[ClipRequest]) -> set[int]:
+        """Positions of the clips that are in, and whose files have not changed since."""
+        states = self._database.execute("SELECT position, file FROM clips").fetchall()
+        return {position for position, state in states if json.loads(state) == clips[position].file_state()}
 
     def add(self, position: int, outcome: dict[str, Any]) -> None:
         """Keeps the outcome of the clip at a position in the shard."""
-        self._database.execute("INSERT OR REPLACE INTO clips VALUES (?, ?)", (position, pickle.dumps(outcome)))
+        rest = {name: value for name, value in outcome.items() if name not in ("audio", "frames")}
+        media = [part["bytes"] for part in (outcome["audio"], *outcome["frames"])] if "audio" in outcome else []
+        row = position, json.dumps(rest["file"]), json.dumps([rest, [len(data) for data in media]]), b"".join(media)
+        self._database.execute("INSERT OR REPLACE INTO clips VALUES (?, ?, ?, ?)", row)
 
     def outcomes(self) -> Iterator[dict[str, Any]]:
         """In order of position, one at a time."""
-        for (outcome,) in self._database.execute("SELECT outcome FROM clips ORDER BY position"):
-            yield pickle.loads(outcome)
+        for text, media in self._database.execute("SELECT outcome, media FROM clips ORDER BY position"):
+            outcome, sizes = json.loads(text)
+            ends = accumulate(sizes)
+            pieces = [{"bytes": media[end - size : end], "path": None} for size, end in zip(sizes, ends, strict=True)]
+            yield {**outcome, "audio": pieces[0], "frames": pieces[1:]} if pieces else outcome
 
     def close(self) -> None:
         """Closes the file, and keeps it."""
@@ -110,38 +121,6 @@ def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: datasets.
     return count
 
 
-def write_tar(file: Any, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows as a webdataset tar: `KEY.json`, `KEY.flac`, `KEY.00.jpg`, `KEY.01.jpg`, ...
-
-    KEY is the id with everything but letters, digits, `_` and `-` escaped as in URLs, so that it names no folder.
-
-    Returns:
-        Number of rows.
-    """
-    count = 0
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-        for count, row in enumerate(rows, 1):  # noqa: B007
-            key = tar_key(row["id"])
-            meta = {name: value for name, value in row.items() if name not in ("audio", "frames")}
-            _add_member(archive, f"{key}.json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
-            _add_member(archive, f"{key}.flac", row["audio"]["bytes"])
-            for number, frame in enumerate(row["frames"]):
-                _add_member(archive, f"{key}.{number:02d}.jpg", frame["bytes"])
-    return count
-
-
-def tar_key(name: str) -> str:
-    """Escapes an id for use as a file name; long ones are cut and end in their checksum."""
-    key = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
-    return key if len(key) <= 80 else f"{key[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # with no time and no owner: the same records give the same bytes
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
 def grouped(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Yields lists of up to `size` items."""
     group: list[Any] = []
@@ -158,7 +137,6 @@ def commit_shard(
     folder: Folder,
     index: int,
     outcomes: Iterable[dict[str, Any]],
-    shard_format: str = "parquet",
     features: datasets.Features = FEATURES,
 ) -> dict[str, Any]:
     """Writes one shard and then its report, which makes it count.
@@ -166,39 +144,52 @@ def commit_shard(
     Args:
         folder: of the shards.
         index: of the shard.
-        outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`.
-        shard_format: "parquet" or "tar".
-        features: of the records in parquet.
+        outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`; either with `file`, the state
+            of its source, if there is one.
+        features: of the records.
 
     Returns:
         The report.
     """
     failures: list[dict[str, str]] = []
+    files: list[list[int] | None] = []
     seconds = 0.0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal seconds
         for outcome in outcomes:
+            files.append(outcome.get("file"))
             if "failure" in outcome:
                 failures.append(outcome["failure"])
             else:
                 seconds += outcome["duration"]
                 yield outcome
 
-    name = f"shards/{shard_name(index)}.{shard_format}"
+    name = f"shards/{shard_name(index)}.parquet"
     with folder.writing(name) as file:
-        count = write_tar(file, rows()) if shard_format == "tar" else write_parquet(file, rows(), features)
+        count = write_parquet(file, rows(), features)
     report = {
         "file": {"name": name, "rows": count, "bytes": file.size, "sha256": file.digest()},
         "clips": count + len(failures),
         "seconds": round(seconds, 3),
         "failures": failures,
+        "sources": files,
     }
     if not count:
         folder.remove(name)
         report["file"] = None
     folder.write_json(f"reports/{shard_name(index)}.json", report)
     return report
+
+
+def read_report(folder: Folder, index: int) -> dict[str, Any] | None:
+    """The report of a shard; None if there is none, it is damaged, or its shard is not there as a whole."""
+    try:
+        report = json.loads(folder.read(f"reports/{shard_name(index)}.json"))
+        file = report["file"]
+        return report if file is None or folder.size(file["name"]) == file["bytes"] else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def finish(folder: Folder, plan: dict[str, Any]) -> dict[str, Any]:
@@ -229,14 +220,13 @@ def finish(folder: Folder, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _card(manifest: dict[str, Any]) -> str:
     settings = manifest["plan"]["settings"]
-    glob = f"shards/*.{settings['shard_format']}"
     rule = manifest["plan"].get("filter")
     kept = f"Kept of {rule['of']} by the smallest `score`: {rule['score']}." if rule else ""
     failures = "".join(f"- {reason}: {count}\n" for reason, count in sorted(manifest["failures"].items()))
     return f"""---
 configs:
 - config_name: default
-  data_files: {glob}
+  data_files: shards/*.parquet
 task_categories:
 - audio-classification
 - audio-to-audio
@@ -256,7 +246,7 @@ Clips that could not be read (see `failures.jsonl`):
 
 
 def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.Dataset | datasets.IterableDataset":
-    """Opens a folder of parquet shards with `datasets`.
+    """Opens a folder of shards with `datasets`.
 
     Args:
         path: local folder or URL, written by `prepare` or `filter_pairs`.
@@ -266,7 +256,7 @@ def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.D
         The data set. For training over many shards see also `datasets_scripts.streaming`.
 
     Raises:
-        FileNotFoundError: if there is no finished parquet shard.
+        FileNotFoundError: if there is no finished shard.
     """
     folder = Folder(path)
     files = [f"{folder.path}/{file['name']}" for file in read_manifest(path)["files"]]
@@ -274,15 +264,15 @@ def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.D
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the manifest of a folder of parquet shards.
+    """Reads the manifest of a folder of shards.
 
     Raises:
-        FileNotFoundError: if there is none, or no parquet shard.
+        FileNotFoundError: if there is none, or it lists no clip.
     """
     folder = Folder(path)
     if not folder.exists("manifest.json"):
         raise FileNotFoundError(f"{path} has no manifest.json: not a folder of shards, or prepare has not finished")
     manifest = json.loads(folder.read("manifest.json"))
-    if not manifest["files"] or not manifest["files"][0]["name"].endswith(".parquet"):
-        raise FileNotFoundError(f"{path} holds no parquet shard")
+    if not manifest["files"]:
+        raise FileNotFoundError(f"{path} holds no clip: prepare could read none (see its failures.jsonl)")
     return manifest

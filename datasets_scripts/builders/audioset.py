@@ -1,17 +1,15 @@
-"""AudioSet: index CSVs, label names, and weights that balance its classes.
+"""AudioSet: index CSVs and label names.
 
 audioset("balanced_train_segments.csv", "videos/", labels="class_labels_indices.csv")
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, find_segment, read_table, text, wrong
 from datasets_scripts.clips import clip_id, parse_segment, segment_lines
@@ -107,23 +105,3 @@ def label_names(path: str | Path) -> dict[str, str]:
             raise wrong(path, line, f"expected index {len(names)}, found {row['index']}")
         names[row["mid"]] = row["display_name"]
     return names
-
-
-def balanced_weights(labels: Iterable[list[str]]) -> np.ndarray:
-    """Sampling weights by which all classes come equally often, for clips with one label each.
-
-    Args:
-        labels: of each clip, such as `dataset["label_ids"]`.
-
-    Returns:
-        float64 [clips]: the sum over a clip's labels of the inverse of their frequencies, of mean 1.
-
-    Raises:
-        ValueError: if a clip has no label.
-    """
-    labels = list(labels)
-    frequency = Counter(label for clip in labels for label in set(clip))
-    weights = np.array([sum(1 / frequency[label] for label in set(clip)) for clip in labels])
-    if not weights.all():
-        raise ValueError(f"clip {int(np.argmin(weights))} has no label, so no weight")
-    return weights / weights.mean()

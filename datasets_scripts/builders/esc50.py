@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from datasets_scripts.builders.tables import AUDIO, TEXTS, Card, assemble, existing, file_name, read_table, text, wrong
+from datasets_scripts.builders.tables import FOLD_FEATURES, Card, assemble, fold_rows
 
 CARD = Card(
     name="esc50",
@@ -17,14 +17,7 @@ CARD = Card(
     citation="Piczak: ESC: Dataset for environmental sound classification, ACM Multimedia 2015",
     sizes={"all": 2000},
 )
-FEATURES = {
-    "id": datasets.Value("string"),
-    "audio": AUDIO,
-    "labels": TEXTS,
-    "target": datasets.Value("int64"),
-    "fold": datasets.Value("int64"),
-}
-_NAME = re.compile(r"([1-5])-(\d+)-([A-Z])-(\d+)\.wav")
+_NAME = re.compile(r"(?P<fold>[1-5])-\d+-[A-Z]-(?P<target>\d+)\.wav")
 
 
 def esc50(folder: str | Path) -> datasets.Dataset:
@@ -41,25 +34,10 @@ def esc50(folder: str | Path) -> datasets.Dataset:
         ValueError: naming the first wrong line, also where the table contradicts a file's name.
         FileNotFoundError: if the table or a sound is missing.
     """
-    return assemble(rows(folder, "all"), FEATURES, CARD, "all", folder)
+    return assemble(rows(folder, "all"), FOLD_FEATURES, CARD, "all", folder)
 
 
 def rows(folder: str | Path, split: str) -> Iterator[dict[str, Any]]:
     """Yields the rows; `audio` is None where the file is missing."""
-    table = Path(folder, "meta", "esc50.csv")
-    for line, row in read_table(table, {"filename": file_name, "fold": int, "target": int, "category": text}):
-        parts = _NAME.fullmatch(row["filename"])
-        if not parts:
-            raise wrong(table, line, f"{row['filename']!r} is not like FOLD-CLIP-TAKE-TARGET.wav")
-        fold, target = int(parts[1]), int(parts[4])
-        if (fold, target) != (row["fold"], row["target"]):
-            raise wrong(
-                table, line, f"{row['filename']} is of fold {fold} and target {target} by its name, not by the table"
-            )
-        yield {
-            "id": Path(row["filename"]).stem,
-            "audio": existing(Path(folder, "audio", row["filename"])),
-            "labels": [row["category"]],
-            "target": target,
-            "fold": fold,
-        }
+    table, columns = Path(folder, "meta", "esc50.csv"), ("filename", "fold", "target", "category")
+    return fold_rows(table, columns, _NAME, "FOLD-CLIP-TAKE-TARGET.wav", lambda fold: Path(folder, "audio"))

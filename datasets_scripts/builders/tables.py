@@ -1,11 +1,9 @@
-"""What the builders share: tables read line by line, rows made into a data set, and the list of ids that was used."""
+"""What the builders share: tables read line by line, rows made into a data set."""
 
 import csv
-import hashlib
-import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import datasets
 import pyarrow as pa
 
 from datasets_scripts.clips import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, find_media
-from datasets_scripts.files import Folder, write_whole
+from datasets_scripts.files import Folder
 from datasets_scripts.shards import grouped, open_shards
 
 logger = logging.getLogger(__name__)
@@ -22,6 +20,13 @@ logger = logging.getLogger(__name__)
 MEDIA_EXTENSIONS = AUDIO_EXTENSIONS + VIDEO_EXTENSIONS
 AUDIO = datasets.Audio(decode=False)  # path or bytes; decoding by `datasets` would need torchcodec
 TEXTS = datasets.List(datasets.Value("string"))
+FOLD_FEATURES = {
+    "id": datasets.Value("string"),
+    "audio": AUDIO,
+    "labels": TEXTS,
+    "fold": datasets.Value("int64"),
+    "target": datasets.Value("int64"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def read_table(
         ValueError: naming the first line that is wrong, and what is wrong with it.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: it belongs to the official release of the data set")
+        raise FileNotFoundError(f"there is no table {path}")
     with Path(path).open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -105,6 +110,38 @@ def file_name(value: str) -> str:
 def wrong(path: str | Path, line: int, what: str) -> ValueError:
     """An error that names a line of a file."""
     return ValueError(f"{path}, line {line}: {what}")
+
+
+def fold_rows(
+    table: Path, columns: Sequence[str], name: re.Pattern, example: str, sounds: Callable[[int], Path]
+) -> Iterator[dict[str, Any]]:
+    """Yields rows of a data set of classes in folds; `audio` is None where the file is missing.
+
+    Args:
+        table: of the data set.
+        columns: of the file's name, the fold, the number of the class and its name.
+        name: what file names are like; its groups `fold` and `target` must agree with the table.
+        example: of a file name, for the error.
+        sounds: gives the folder of a fold's files.
+
+    Raises:
+        ValueError: naming the first wrong line.
+    """
+    file, fold, target, label = columns
+    for line, row in read_table(table, {file: file_name, fold: int, target: int, label: text}):
+        parts = name.fullmatch(row[file])
+        if not parts:
+            raise wrong(table, line, f"{row[file]!r} is not like {example}")
+        found = {"fold": row[fold], "target": row[target]}
+        for what, told in parts.groupdict().items():
+            if int(told) != found[what]:
+                raise wrong(table, line, f"{row[file]} is of {what} {told} by its name, not {found[what]}")
+        yield {
+            "id": Path(row[file]).stem,
+            "audio": existing(sounds(row[fold]) / row[file]),
+            "labels": [row[label]],
+            **found,
+        }
 
 
 def assemble(
@@ -198,22 +235,3 @@ def find_segment(media: str | Path, youtube_id: str, start: float, end: float | 
 def existing(path: Path) -> str | None:
     """The path as text, or None if there is no such file."""
     return str(path) if path.is_file() else None
-
-
-def save_ids(ids: Iterable[str], path: str | os.PathLike) -> str:
-    """Saves the exact list of ids that an evaluation used, so that figures can be compared on the same clips.
-
-    Args:
-        ids: such as `dataset["id"]`.
-        path: of the JSON file.
-
-    Returns:
-        SHA-256 of the sorted ids, one a line; also in the file.
-    """
-    names = sorted(ids)
-    digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-    with write_whole(path) as part:
-        part.write_text(
-            json.dumps({"count": len(names), "sha256": digest, "ids": names}, indent=1, ensure_ascii=False)
-        )
-    return digest

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets_scripts.files import Folder
-from datasets_scripts.filter_pairs import CaptionDistance, Captioner, Embedder, TokenDistance, TopK, filter_pairs, main
+from datasets_scripts.filter_pairs import CaptionDistance, Captioner, Embedder, TopK, filter_pairs, main
 from datasets_scripts.shards import commit_shard, finish, open_shards
 from datasets_scripts.streaming import ShardStream
 from tests.datasets_scripts.workloads import by_start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PLAN = {"settings": {"frames": 2, "shard_format": "parquet"}}
+PLAN = {"settings": {"frames": 2}}
 
 
 def picture(colour):
@@ -139,18 +139,6 @@ def test_the_distance_of_captions_to_labels(shards, tmp_path):
         score([{**rows[0], "frames": []}])
     with pytest.raises(ValueError, match=r"the label '/m/2', which has no name"):
         names([{**rows[0], "labels": ["/m/2"]}])
-
-
-def test_the_distance_of_tokens(shards):
-    import torch
-
-    def tokens(rows):
-        generator = torch.Generator().manual_seed(0)
-        audio = torch.randn(len(rows), 5, 3, generator=generator)
-        return audio, audio + torch.arange(len(rows))[:, None, None]
-
-    score = TokenDistance(tokens, lambda audio, image: (audio.mean(1) - image.mean(1)).norm(dim=1))
-    assert np.allclose(score([{}, {}, {}]), np.arange(3) * 3**0.5, atol=1e-5)
 
 
 def test_an_image_captioner_of_transformers(tmp_path):

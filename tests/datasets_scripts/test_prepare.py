@@ -3,11 +3,11 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -23,8 +23,9 @@ from datasets_scripts import prepare as module
 from datasets_scripts.clips import ClipRequest
 from datasets_scripts.files import Folder, locked
 from datasets_scripts.prepare import clips_of, main, prepare
-from datasets_scripts.records import Limits, Settings
+from datasets_scripts.records import Limits, Settings, failure
 from datasets_scripts.shards import open_shards
+from datasets_scripts.workers import guarded_map
 from tests.datasets_scripts.videos import lag, make_video, number
 from tests.datasets_scripts.workloads import small_record
 
@@ -131,17 +132,12 @@ sys.exit(prepare.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("shard_format", ["parquet", "tar"])
-def test_killed_runs_end_like_one_that_was_not(videos, prepared, tmp_path, shard_format):
+def test_killed_runs_end_like_one_that_was_not(videos, prepared, tmp_path):
     """Killed while clips come in, in the middle of a shard, before its report, after it, and in the manifest."""
-    if shard_format == "tar":
-        prepared = tmp_path / "uninterrupted"
-        assert run(videos, prepared, "--format", "tar") == 0
     output = tmp_path / "killed"
     arguments = [str(videos), "--output", str(output), "--shard-size", "4", "--workers", "2", "--quiet"]
-    arguments += ["--format", shard_format]
     moments = [("add", 3), ("write", 9), ("write_json", 1), ("remove", 1), ("write_json", 4)]
-    for where, at in moments if shard_format == "parquet" else moments[1:2]:
+    for where, at in moments:
         process = subprocess.run([sys.executable, "-c", KILLED, where, str(at), *arguments], cwd=REPOSITORY)
         assert process.returncode == -signal.SIGKILL, f"{where} {at} did not come"
     assert main(arguments) == 0
@@ -169,20 +165,77 @@ def test_finished_clips_of_a_killed_run_are_not_read_again(videos, tmp_path, mon
     journal = module.Journal(tmp_path / "output" / "_work" / "shard-000000.sqlite")
     requests = list(clips_of(videos)())
 
-    class Recording(module.GuardedPool):
-        def map(self, items):
-            return super().map((reads.append(item[1][0].id) or item) for item in items)
+    def recording(function, items, *limits):
+        return guarded_map(function, (reads.append(item[1][0].id) or item for item in items), *limits)
 
-    (tmp_path / "output").mkdir(exist_ok=True)
     count, fingerprint = module._survey(clips_of(videos))
     plan = {"clips": count, "fingerprint": fingerprint, **module.asdict(Settings())}
     Folder(tmp_path / "output").write_json("plan.json", plan)
     for i, request in enumerate(requests[:5]):
-        journal.add(i, small_record((request, None)))
+        journal.add(i, {**small_record((request, None)), "file": request.file_state()})
+    journal.add(5, {**small_record((requests[5], None)), "file": [1, 2]})  # as the file was before
     journal.close()
-    monkeypatch.setattr(module, "GuardedPool", Recording)
+    monkeypatch.setattr(module, "guarded_map", recording)
     prepare(clips_of(videos), tmp_path / "output", workers=1, progress=False)
     assert reads == [request.id for request in requests[5:]]
+
+
+def test_a_journal_gives_back_what_it_got_and_runs_nothing(tmp_path):
+    request = ClipRequest("a", "a.mp4", str(tmp_path), labels=("x", "y"))
+    record = {**small_record((request, None)), "frames": [{"bytes": b"", "path": None}, {"bytes": b"1", "path": None}]}
+    outcomes = [{**record, "file": None}, {**failure("b", "silent", "\u2028"), "file": [3, 4]}]
+    journal = module.Journal(tmp_path / "shard.sqlite")
+    for i, outcome in enumerate(outcomes):
+        journal.add(i, outcome)
+    assert list(journal.outcomes()) == outcomes
+    journal._database.execute("UPDATE clips SET outcome = ? WHERE position = 0", (pickle.dumps(Path("x")),))
+    with pytest.raises(ValueError):
+        list(journal.outcomes())
+    journal.close()
+    (tmp_path / "shard.sqlite").write_bytes(b"no database")
+    assert module.Journal(tmp_path / "shard.sqlite").finished([]) == set()
+
+
+def test_changed_files_are_refused_or_read_anew(videos, tmp_path, capsys):
+    source, output = tmp_path / "source", tmp_path / "output"
+    shutil.copytree(videos, source)
+    assert run(source, output) == 0
+    before = content(output)
+    make_video(source / "more" / "clip 03.mp4", 1, video="mpeg4", rate=16_000, layout="mono", fps=5)
+    capsys.readouterr()
+    assert run(source, output) == 1
+    assert "the file of 'more/clip 03' has changed since shard-000001 was made" in capsys.readouterr().err
+    assert content(output) == before
+    assert run(source, output, "--refresh") == 0
+    shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copy2)
+    assert run(tmp_path / "copy", tmp_path / "fresh") == 0
+    assert content(output) == content(tmp_path / "fresh") != before
+
+
+@pytest.mark.parametrize("fault", ["empty report", "short shard", "no shard"])
+def test_what_a_full_disk_may_leave_of_a_shard_is_made_anew(videos, prepared, tmp_path, fault):
+    output = tmp_path / "output"
+    shutil.copytree(prepared, output)
+    report, shard = output / "reports" / "shard-000001.json", output / "shards" / "shard-000001.parquet"
+    if fault == "empty report":
+        report.write_bytes(b"")
+    elif fault == "short shard":
+        os.truncate(shard, 100)
+    else:
+        shard.unlink()
+    assert run(videos, output) == 0
+    assert content(output) == content(prepared)
+
+
+def test_files_of_others_in_the_output_folder_stay(videos, tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    theirs = [tmp_path / ".a.mp4.partial", tmp_path / "shards" / ".b.1.dali-partial.parquet"]
+    for path in theirs:
+        path.touch()
+    (tmp_path / "shards" / "c.parquet").touch()
+    assert run(videos, tmp_path) == 1  # refused: nothing is removed
+    assert "holds shards but no plan.json" in capsys.readouterr().err
+    assert all(path.exists() for path in theirs)
 
 
 def test_two_runs_at_once_are_refused(videos, tmp_path):
@@ -203,15 +256,6 @@ def test_remote_folders(videos, prepared):
         assert filesystem.cat(f"/somewhere/shards/{name}") == data
     assert run(videos, output) == 0
     assert [row["id"] for row in open_shards(output, streaming=True)][:2] == ["a", "more/clip 00"]
-
-
-def test_webdataset_tar(videos, tmp_path):
-    assert run(videos, tmp_path / "tar", "--format", "tar") == 0
-    with tarfile.open(tmp_path / "tar" / "shards" / "shard-000000.tar") as archive:
-        names = archive.getnames()
-        assert names[:4] == ["a.json", "a.flac", "a.00.jpg", "a.01.jpg"]
-        assert "more%2Fclip%2000.flac" in names
-        assert json.load(archive.extractfile("a.json"))["duration"] == pytest.approx(1, abs=0.1)
 
 
 def test_an_index_cuts_whole_videos_and_takes_cut_ones(tmp_path):
@@ -243,7 +287,7 @@ def test_an_index_cuts_whole_videos_and_takes_cut_ones(tmp_path):
         "line-9": "bad_index",
     }
     make_video(tmp_path / "DDDDDDDDDDD_30.mp4", 10, fps=2, video="mpeg4")  # has come since
-    assert run(index, tmp_path / "output", "--frames", "4", "--retry-failures") == 0
+    assert run(index, tmp_path / "output", "--frames", "4", "--refresh") == 0
     ids = pq.read_table(tmp_path / "output" / "shards")["id"].to_pylist()
     assert ids == ["AAAAAAAAAAA_3.000", "BBBBBBBBBBB_30.000", "DDDDDDDDDDD_30.000"]
 
@@ -272,7 +316,7 @@ def test_hostile_sources_cost_little_and_write_nothing_outside(videos, tmp_path)
         file.truncate(1 << 40)
     before = content(outside), sorted(path.name for path in source.iterdir())
     output = tmp_path / "output"
-    assert run(source, output, "--timeout", "4", "--format", "tar") == 0
+    assert run(source, output, "--timeout", "4") == 0
     lines = (output / "failures.jsonl").read_text().splitlines()
     failures = {failure["id"]: failure["reason"] for failure in map(json.loads, lines)}
     assert failures.pop("endless") in ("timeout", "damaged")
@@ -286,17 +330,8 @@ def test_hostile_sources_cost_little_and_write_nothing_outside(videos, tmp_path)
     }
     assert (content(outside), sorted(path.name for path in source.iterdir())) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "outside", "source"]
-    members: list[str] = []
-    for shard in (output / "shards").iterdir():
-        with tarfile.open(shard) as archive:
-            members += archive.getnames()
-    assert all("/" not in name and not name.startswith(".") for name in members)
-    assert {
-        "good.flac",
-        "inside.flac",
-        "evil%3B%20rm%20-rf%20%7E%20%24%28x%29%20%2E%2E%20.flac",
-        "caf%EF%BF%BD.flac",
-    } <= set(members)
+    ids = pq.read_table(output / "shards")["id"].to_pylist()
+    assert {"good", "inside", "evil; rm -rf ~ $(x) .. ", "caf\ufffd"} <= set(ids)
 
 
 def test_a_list_stays_below_its_folder_unless_it_says_otherwise(videos, tmp_path):
@@ -317,7 +352,7 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path):
         prepare(lambda: requests, tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("wrong", [{"frames": -1}, {"shard_size": 0}, {"shard_format": "zip"}, {"frame_size": 3}])
+@pytest.mark.parametrize("wrong", [{"frames": -1}, {"shard_size": 0}, {"frame_size": 3}])
 def test_senseless_settings(wrong):
     with pytest.raises(ValueError):
         Settings(**wrong)

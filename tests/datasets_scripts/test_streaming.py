@@ -32,7 +32,7 @@ def write_shards(path, sizes, payload=10):
             for _ in range(size)
         )
         commit_shard(folder, index, rows)
-    finish(folder, {"settings": {"frames": 0, "shard_format": "parquet"}})
+    finish(folder, {"settings": {"frames": 0}})
     return path
 
 

@@ -1,6 +1,7 @@
 """What the child processes of the tests are told to do; importable by name, as they must be."""
 
 import os
+import signal
 import time
 
 from datasets_scripts.records import failure
@@ -18,6 +19,8 @@ def misbehave(what):
         return len(bytearray(8 << 30))
     if what == "crash":
         os.abort()
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "raise":
         raise ValueError("of this item")
     return what
@@ -27,9 +30,10 @@ def small_record(item):
     """A record without a video, for what does not depend on one."""
     request, _ = item
     if request.id.endswith("7"):
-        return failure(request.id, "silent", "")
+        return {"file": None, **failure(request.id, "silent", "")}
     data = request.id.encode() * 100
     return {
+        "file": None,
         "id": request.id,
         "audio": {"bytes": data, "path": None},
         "frames": [{"bytes": data, "path": None}],
