@@ -14,7 +14,9 @@ from typing import TypedDict
 import numpy as np
 import torch
 from transformers import ProcessorMixin
+from transformers.audio_utils import AudioInput
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
@@ -61,7 +63,6 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
 
     valid_processor_kwargs = AudioCaptionKwargs
     text_kwargs = {"padding": True, "return_token_type_ids": False}
-    audio_kwargs = {"trim_padding": False, "max_windows": 30, "truncation": False}
     output_labels = False
     audio_token = "<audio>"
     prefix_token = "<prefix>"
@@ -128,7 +129,14 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
 
     # Calling --------------------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, audio=None, suffix=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        audio: AudioInput | None = None,
+        suffix: str | list[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """
         Args:
             images: Pictures, in the order of the `<image>` placeholders.
@@ -230,22 +238,28 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
 
     # Sound ----------------------------------------------------------------------------------------------------------
 
-    def _process_audio(self, audio: list, **kwargs) -> tuple[dict, list[str]]:
+    def _process_audio(
+        self,
+        audio: list,
+        sampling_rate: int | Sequence[int] | None = None,
+        trim_padding: bool = False,
+        max_windows: int = 30,
+        truncation: bool = False,
+        return_tensors: str | None = None,
+    ) -> tuple[dict, list[str]]:
         """Features of all windows of all sounds, and for each sound its block of placeholders."""
-        windows, counts = self.split_windows(
-            audio, kwargs.get("sampling_rate"), kwargs["max_windows"], kwargs["truncation"]
-        )
+        windows, counts = self.split_windows(audio, sampling_rate, max_windows, truncation)
         extractor = self.feature_extractor
         features = extractor(
             [window.numpy() for window in windows], sampling_rate=extractor.sampling_rate, return_tensors="pt"
         )
         inputs = {"input_features": features[extractor.model_input_names[0]]}
         tokens = torch.full((len(windows),), self.audio_seq_length)
-        if kwargs["trim_padding"]:
+        if trim_padding:
             rows, columns = self._require_grid()
             inputs["input_features_mask"] = features["input_features_mask"]
             tokens = rows * inputs["input_features_mask"].view(len(windows), columns, -1).any(-1).sum(-1)
-        if kwargs.get("return_tensors") is None:
+        if return_tensors is None:
             inputs = {name: list(tensor.numpy()) for name, tensor in inputs.items()}
         return inputs, [self.audio_token * int(block.sum()) for block in tokens.split(counts)]
 

@@ -133,7 +133,7 @@ class DaliProcessor(AudioCaptionProcessorMixin):
             counts["num_image_tokens"] = [self._count_image_tokens(size["height"], size["width"])] * len(image_sizes)
             counts["num_image_patches"] = [1] * len(image_sizes)
         if audio_lengths is not None:
-            trim = settings["audio_kwargs"]["trim_padding"]
+            trim = settings["audio_kwargs"].get("trim_padding", False)
             counts["num_audio_tokens"] = [self.count_audio_tokens(length, trim) for length in audio_lengths]
         return MultiModalData(**counts)
 

@@ -12,13 +12,20 @@ import importlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import transformers
+from PIL import Image
+from transformers import testing_utils
+
+from tests.modeling_dali.test_audio_io import write_video
 
 SOURCE = Path(
     os.environ.get("TRANSFORMERS_SOURCE")
@@ -72,3 +79,28 @@ def skipped(test: Callable[..., Any], reason: str) -> Callable[..., Any]:
         self.skipTest(reason)
 
     return skip
+
+
+def common_processor_tests() -> ModuleType:
+    """
+    transformers' common processor tests.
+
+    They fetch a few pictures, sounds and videos from the Hub, in whose place small ones are made; and they skip sound
+    where librosa is absent, which this project does not need to read it.
+    """
+    add_module("fetch_hub_objects_for_ci").url_to_local_path = local_file
+    testing_utils.require_librosa = lambda test: test
+    return common_tests("test_processing_common")
+
+
+@functools.cache
+def local_file(url: str) -> str:
+    """A small file of the kind that `url` names."""
+    path = Path(tempfile.mkdtemp()) / Path(url).name
+    if path.suffix in (".png", ".jpg"):
+        Image.new("RGB", (30, 20), "green").save(path)
+    elif path.suffix in (".wav", ".mp3"):
+        soundfile.write(path, np.random.default_rng(0).standard_normal(8_000) * 0.1, 16_000)
+    elif path.suffix == ".mp4":
+        write_video(path)
+    return str(path)

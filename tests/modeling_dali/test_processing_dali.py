@@ -1,5 +1,6 @@
 """The processor: placeholders, windows, trimming, labels, templates."""
 
+import copy
 import logging
 
 import numpy as np
@@ -142,6 +143,189 @@ def test_labels(dali):
 def test_lists_without_tensors(dali):
     inputs = dali[1](text=["a dog", "a"], suffix=["barks", "rain"])
     assert [len(row) for row in inputs["labels"]] == [len(row) for row in inputs["input_ids"]] == [5, 5]
+    media = {"audio": [sound()], "images": [picture()], "sampling_rate": RATE}
+    inputs = dali[1](text="<audio><image>", **media, trim_padding=True)
+    tensors = dali[1](text="<audio><image>", **media, trim_padding=True, return_tensors="pt")
+    assert set(inputs) == set(tensors)
+    for name, values in inputs.items():
+        assert isinstance(values, list) and np.array_equal(np.asarray(values), tensors[name].numpy()), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tensors", ["pt", "np", None])
+def test_labels_stand_on_the_answer_however_rows_are_padded(dali, side, tensors):
+    processor = dali[1]
+    inputs = processor(
+        text=["<audio> what", "a dog", "a"],
+        audio=[sound()],
+        suffix=["rain falls", "barks loudly", "a"],
+        sampling_rate=RATE,
+        padding="max_length",
+        max_length=80,
+        padding_side=side,
+        return_tensors=tensors,
+    )
+    ids, labels = np.asarray(inputs["input_ids"]), np.asarray(inputs["labels"])
+    assert ids.shape == labels.shape == (3, 80) and isinstance(inputs["labels"], type(inputs["input_ids"]))
+    assert ((ids == processor.tokenizer.pad_token_id).argmax(1) > 0).all() == (side == "right")
+    answers = [processor.tokenizer.decode(row[row != -100]) for row in labels]
+    assert answers == ["rain falls </s>", "barks loudly </s>", "a </s>"]
+    assert np.array_equal(labels[labels != -100], ids[labels != -100])
+
+
+def test_labels_of_a_whole_text(dali):
+    processor = dali[1]
+    inputs = processor(
+        text=["<audio><prefix> a dog", "a"],
+        audio=[sound()],
+        sampling_rate=RATE,
+        output_labels=True,
+        return_tensors="pt",
+    )
+    kept = inputs["labels"] != -100
+    assert kept.sum(1).tolist() == [3, 2]  # `<s> a dog` and `<s> a`
+    assert torch.equal(inputs["labels"][kept], inputs["input_ids"][kept])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "check"),
+    [
+        ({"padding_side": "right"}, lambda inputs: inputs["attention_mask"][1].tolist() == [1, 1, 0, 0]),
+        ({"pad_to_multiple_of": 16}, lambda inputs: inputs["input_ids"].shape == (2, 16)),
+        ({"return_attention_mask": False}, lambda inputs: "attention_mask" not in inputs),
+        ({"return_mm_token_type_ids": True}, lambda inputs: not inputs["mm_token_type_ids"].any()),
+        ({"return_offsets_mapping": True}, lambda inputs: inputs["offset_mapping"][0, -1].tolist() == [6, 11]),
+        ({"return_length": True}, lambda inputs: "length" in inputs),
+        ({"return_special_tokens_mask": True}, lambda inputs: inputs["special_tokens_mask"][0, 0] == 1),
+        ({"return_token_type_ids": True}, lambda inputs: "token_type_ids" in inputs),
+        ({"add_special_tokens": False}, lambda inputs: inputs["input_ids"].shape == (2, 3)),
+        ({"padding": "max_length", "max_length": 9}, lambda inputs: inputs["input_ids"].shape == (2, 9)),
+        ({"truncation": True, "max_length": 2}, lambda inputs: inputs["input_ids"].shape == (2, 2)),
+        ({"text_kwargs": {"truncation": True, "max_length": 3}}, lambda inputs: inputs["input_ids"].shape == (2, 3)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_keywords_of_the_tokenizer_act(dali, kwargs, check):
+    assert check(dali[1](text=["a dog barks", "a"], **kwargs, return_tensors="pt"))
+
+
+def test_keywords_of_the_image_processor_act(dali):
+    pixels = [
+        dali[1](text="<image>", images=[picture()], return_tensors="pt", **kwargs)["pixel_values"]
+        for kwargs in ({"do_normalize": False}, {"images_kwargs": {"do_normalize": False, "do_rescale": False}})
+    ]
+    torch.testing.assert_close(pixels[0] * 255, pixels[1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"audio_kwargs": {"padding": True}}, TypeError, "audio_kwargs\\['padding'\\]"),
+        ({"audio_kwargs": {"max_length": 3}}, TypeError, "audio_kwargs\\['max_length'\\]"),
+        ({"text_kwargs": {"max_windows": 3}}, TypeError, "text_kwargs\\['max_windows'\\]"),
+        ({"images_kwargs": {"truncation": True}}, TypeError, "images_kwargs\\['truncation'\\]"),
+        ({"videos": ["a.mp4"]}, TypeError, "give their sound as `audio`"),
+        ({"truncation": True, "audio_kwargs": {"truncation": False}}, ValueError, "passed twice"),
+        ({"suffix": "rain", "truncation": True, "max_length": 3}, ValueError, "cannot be truncated"),
+        ({"suffix": "rain", "return_attention_mask": False}, ValueError, "attention mask"),
+    ],
+)
+def test_what_cannot_act_raises(dali, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        dali[1](text="a dog", **kwargs)
+
+
+def test_truncation_is_of_sound_unless_a_length_is_given(dali):
+    """A tokenizer of 20 tokens at most does not cost the question where sound is cut."""
+    processor = copy.deepcopy(dali[1])
+    processor.tokenizer.model_max_length = 20
+    kwargs = {"audio": [sound(4 * WINDOW)], "sampling_rate": RATE, "max_windows": 2, "truncation": True}
+    inputs = processor(text="<audio> what can be heard", **kwargs)
+    assert len(inputs["input_ids"][0]) == 1 + 64 + 4 and len(inputs["input_features"]) == 2
+    with pytest.raises(ValueError, match="`audio` token count"):
+        processor(text="<audio> what can be heard", **kwargs, max_length=20)
+
+
+def test_counts_that_are_told_from_sizes_alone(dali):
+    processor = dali[1]
+    lengths = [400, 160 * 12, WINDOW, WINDOW + 399, WINDOW + 400, WINDOW + 160 * 30, 3 * WINDOW - 1]
+    for trim in (False, True):
+        told = processor._get_num_multimodal_tokens(
+            image_sizes=[(20, 30), (9, 9)], audio_lengths=lengths, trim_padding=trim
+        )
+        inputs = processor(
+            text=["<audio>"] * len(lengths) + ["<image>"] * 2,
+            audio=[sound(length) for length in lengths],
+            images=[picture(), picture(1)],
+            sampling_rate=RATE,
+            trim_padding=trim,
+            return_mm_token_type_ids=True,
+        )
+        kinds = np.asarray(inputs["mm_token_type_ids"])
+        assert (kinds == 3).sum(1).tolist() == [*told["num_audio_tokens"], 0, 0]
+        assert (kinds == 1).sum(1)[-2:].tolist() == told["num_image_tokens"] and told["num_image_patches"] == [1, 1]
+
+
+def test_assistant_mask_behind_media_and_prefix(dali):
+    """Trainers that learn from answers only (trl's `assistant_only_loss`) ask for this mask."""
+    processor = dali[1]
+    conversation = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "prefix"},
+                {"type": "image", "image": picture()},
+                {"type": "audio", "audio": sound()},
+                {"type": "prefix"},
+                {"type": "text", "text": "what can be heard"},
+            ],
+        },
+        {"role": "assistant", "content": "a dog"},
+        {"role": "user", "content": [{"type": "audio", "audio": sound(seed=1)}, {"type": "text", "text": "what"}]},
+        {"role": "assistant", "content": "rain falls"},
+    ]
+    inputs = processor.apply_chat_template(
+        [conversation, conversation[2:]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"sampling_rate": RATE},
+    )
+    said = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)
+    ]
+    assert said == ["a dog </s> rain falls </s>", "rain falls </s>"]
+
+
+def test_replacement_offsets_name_every_placeholder(dali):
+    processor = dali[1]
+    text = ["<prefix>a<audio><prefix><image>b<audio>", "<audio>"]
+    inputs = processor(
+        text=text,
+        audio=[sound(seed=seed) for seed in range(3)],
+        images=[picture()],
+        sampling_rate=RATE,
+        return_text_replacement_offsets=True,
+    )
+    for given, entries in zip(text, inputs["text_replacement_offsets"], strict=True):
+        expanded = given
+        for entry in reversed(entries):
+            start, end = entry["span"]
+            assert given[start:end] == entry["text"]
+            expanded = expanded[:start] + entry["replacement"] + expanded[end:]
+        assert all(expanded[slice(*entry["new_span"])] == entry["replacement"] for entry in entries)
+    kinds = [[entry["type"] for entry in entries] for entries in inputs["text_replacement_offsets"]]
+    assert kinds == [["prefix", "audio", "prefix", "image", "audio"], ["audio"]]
+
+
+def test_a_prefix_in_front_takes_its_offsets_along(dali):
+    processor = dali[1]
+    inputs = processor(text=["<prefix>a dog", "a"], return_offsets_mapping=True)
+    assert inputs["input_ids"][0][:4] == [processor.prefix_token_id] * 3 + [processor.tokenizer.bos_token_id]
+    token = len("<prefix>")
+    assert inputs["offset_mapping"][0][:4] == [(0, token), (token, 2 * token), (2 * token, 3 * token), (0, 0)]
 
 
 def test_chat_template(dali, tmp_path):
