@@ -17,7 +17,7 @@ from .configuration_dali import DaliAudioConfig
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
     """
-    Fixed 2-D sin-cos positions [1, rows * columns, width] of a grid read row by row.
+    2-D sin-cos positions [1, rows * columns, width] of a grid read row by row.
 
     The first half of the width encodes the column (time), the second the row (frequency), each as sines, then cosines.
 
@@ -119,7 +119,7 @@ class DaliAudioModel(PreTrainedModel):
     def __init__(self, config: DaliAudioConfig):
         super().__init__(config)
         self.patch_embedding = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.register_buffer("positions", sincos_positions(*config.grid, config.hidden_size))
+        self.positions = nn.Parameter(sincos_positions(*config.grid, config.hidden_size))
         self.modality = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.layers = nn.ModuleList(DaliAudioLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -145,9 +145,9 @@ def frame_count(row: dict) -> int:
     return len(row["frames"])
 
 
-def pick_frame(count: int, rng: np.random.Generator | None) -> int:
-    """A random frame, or without randomness the middle one."""
-    return pick(range(count), rng, count // 2)
+def pick_frame(count: int, rng: np.random.Generator | None, first: bool = False) -> int:
+    """A random frame, or without randomness the middle one; or always the first."""
+    return 0 if first else pick(range(count), rng, count // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliPro
 from modeling_dali.checkpoint_dali import audio_encoder_names, read_audio_backbone, read_prefix, read_projector
 from modeling_dali.convert_original import convert, main
 from modeling_dali.explain import find_scorers, save_scorers
+from tests.released import released_scorers, seeded
 from tests.tiny import tiny_dali, tiny_llava, tiny_tokenizer
 from trainers.losses import TransportScorer
 
@@ -48,20 +49,6 @@ def released_audio_backbone(width=16, depth=3, mlp=32, image_width=24, proj=True
     if proj:
         tensors |= linear("proj", width, image_width) | released_scorers(image_width)
     return {f"module.{name}": tensor for name, tensor in tensors.items()}
-
-
-def released_scorers(width: int) -> dict[str, torch.Tensor]:
-    """The scorers with the released names; the same values wherever and whenever they are made."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in ("a_k", "a_q", "a_v", "i_k", "i_q", "i_v", "audio_scorer.out_proj", "image_scorer.out_proj"):
-        shapes |= {f"{name}.bias": (width,), f"{name}.weight": (width, width)}
-    for name in ("audio_scorer", "image_scorer"):
-        shapes |= {f"{name}.in_proj_bias": (3 * width,), f"{name}.in_proj_weight": (3 * width, width)}
-    return {name: seeded(shapes[name], 100 + i, 0.5) for i, name in enumerate(sorted(shapes))}
-
-
-def seeded(shape, seed: int, scale: float) -> torch.Tensor:
-    return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32))
 
 
 @pytest.fixture

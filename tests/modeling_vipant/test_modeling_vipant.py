@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from modeling_vipant import VipAntAudioConfig, VipAntConfig, VipAntForAudioClassification, VipAntModel
 from modeling_vipant.modeling_vipant import VipAntClassificationHead, interpolate_positions, slice_positions
+from tests.released import seeded
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_vipant
 
 
@@ -261,10 +262,6 @@ def test_classification_head_takes_over_the_audio_tower(tmp_path, inputs):
     logits = output.logits.double()
     expected = -torch.cat([logits[:, [0, 3]].sigmoid().log(), (-logits[:, [1, 2, 4]]).sigmoid().log()], 1).mean()
     assert output.loss.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def seeded(shape: tuple[int, ...], seed: int, scale: float) -> torch.Tensor:
-    return torch.from_numpy((np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32))
 
 
 @pytest.mark.parametrize(

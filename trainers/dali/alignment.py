@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, TrainingArguments
 
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliAudioModel, DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.explain import save_scorers
 from trainers.dali import image_token_cache
 from trainers.dali.data_collator import AlignmentCollator
@@ -29,6 +29,7 @@ from trainers.losses import (
     TransportScorer,
     attentive_transport,
     contrastive,
+    entropy,
     mean_tokens,
     mmd,
     optimal_transport,
@@ -66,13 +67,20 @@ class AlignmentConfig(TrainingArguments):
         entropy_start, entropy_end: Weight lambda of the entropies, at first and in the end.
         uniform_epochs: Epochs with uniform weights; from their end lambda falls.
         entropy_decay_end: Epochs after which lambda is `entropy_end`.
+        entropy_staircase: Whether lambda falls by steps, at the end of each epoch, as in the released code; else
+            linearly.
+        encoder_transport_gradient: Factor of the transport's gradient for the encoder, in `attentive_ot` once weights
+            are scored. 1 is the gradient of the loss; 2 is what the released code has by its two backward passes.
         mask_padding: Whether audio tokens that are padding only are left out of the loss.
         augment: Whether to add noise and roll the time axis.
+        first_frame: Whether the first frame of a clip is always taken, as in the released code; else a random one.
         cache_image_tokens: Folder in which image tokens are kept, so that the image tower runs once per frame.
         cache_features: Whether the features of all clips are kept in memory; for small data sets.
+        train_positions: Whether the positions of CAV-MAE's encoder train, as in the released code.
         scorer_learning_rate: Of the scorers.
         halve_after, halve_every: With `lr_scheduler_type: constant`, the learning rate is halved at these epochs:
             after the first number, then every second number; never if the first is 0.
+        halve_scorers: Whether that holds for the scorers too; not in the released code.
 
     All other arguments are those of [`~transformers.TrainingArguments`].
     """
@@ -87,6 +95,7 @@ class AlignmentConfig(TrainingArguments):
     train_rows: int | None = None
     max_skipped: float = 0.01
     augment: bool = True
+    first_frame: bool = False
     mask_padding: bool = False
     cache_image_tokens: str | None = None
     cache_features: bool = False
@@ -106,12 +115,16 @@ class AlignmentConfig(TrainingArguments):
     entropy_end: float = 100.0
     uniform_epochs: float = 1.0
     entropy_decay_end: float = 5.0
+    entropy_staircase: bool = True
+    encoder_transport_gradient: float = 1.0
 
     # Optimisation
+    train_positions: bool = True
     learning_rate: float = 1e-4
     scorer_learning_rate: float = 1e-4
     halve_after: float = 10.0
     halve_every: float = 5.0
+    halve_scorers: bool = False
     lr_scheduler_type: str = "constant"
     adam_beta1: float = 0.95
     adam_beta2: float = 0.999
@@ -206,15 +219,58 @@ class AlignmentModel(nn.Module):
                 weights |= {"epsilon": self.args.epsilon, "marginal_penalty": self.args.marginal_penalty}
                 losses = optimal_transport(audio, image, solver="unbalanced", **weights)
             case "attentive_ot":
-                alpha, beta = (None, None) if uniform else self.scorer(audio, image, audio_mask=mask)
-                solver = self.args.attentive_solver
-                losses = attentive_transport(audio, image, alpha, beta, entropy_weight, solver=solver, **weights)
+                weights |= {"solver": self.args.attentive_solver}
+                if uniform:
+                    losses = attentive_transport(audio, image, None, None, entropy_weight, **weights)
+                else:
+                    factor = self.args.encoder_transport_gradient
+                    losses = scored_transport(self.scorer, audio, image, entropy_weight, factor, **weights)
             case "contrastive":
                 pooled = mean_tokens(audio, mask), mean_tokens(image)
                 losses = contrastive(*pooled, 1 / self.args.temperature, pair_confidence=pair_weight)
         if self.training:
             return {"losses": losses}
         return {"losses": losses, "audio": moments(audio, mask), "image": moments(image)}
+
+
+def scored_transport(
+    scorer: TransportScorer,
+    audio: torch.Tensor,
+    image: torch.Tensor,
+    entropy_weight: float,
+    encoder_factor: float = 1.0,
+    audio_mask: torch.Tensor | None = None,
+    pair_confidence: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """
+    Attentive transport with scored weights, where the encoder may feel the transport more than the scorers do.
+
+    Args:
+        scorer: Gives the weights.
+        audio: A [B, n, d].
+        image: I [B, m, d].
+        entropy_weight: lambda.
+        encoder_factor: Factor of the transport's gradient with respect to A; the loss itself stays the same.
+        audio_mask: [B, n], True for tokens that count.
+        pair_confidence: [B], factors of the losses.
+        options: Of the solver.
+
+    Returns:
+        [B] losses.
+    """
+    options |= {"audio_mask": audio_mask, "pair_confidence": pair_confidence}
+    losses: Any
+    if encoder_factor == 1:
+        alpha, beta = scorer(audio, image, audio_mask=audio_mask)
+        losses = attentive_transport(audio, image, alpha, beta, entropy_weight, **options)
+        return losses
+    felt = audio.detach() + encoder_factor * (audio - audio.detach())  # A, with its gradient multiplied
+    alpha, beta = scorer(felt, image, audio_mask=audio_mask)
+    losses = attentive_transport(felt, image, alpha, beta, 0.0, **options)
+    alpha, beta = scorer(audio, image, audio_mask=audio_mask)
+    entropies = entropy(alpha, audio, audio_mask) + entropy(beta, image)
+    return losses - entropy_weight * (entropies if pair_confidence is None else entropies * pair_confidence)
 
 
 class AlignmentTrainer(StageTrainer):
@@ -241,12 +297,13 @@ class AlignmentTrainer(StageTrainer):
         torch.manual_seed(args.seed)
         self.dali = model
         self.schedule = EntropySchedule(
-            args.entropy_start, args.entropy_end, args.uniform_epochs, args.entropy_decay_end
+            args.entropy_start, args.entropy_end, args.uniform_epochs, args.entropy_decay_end, args.entropy_staircase
         )
         collator = AlignmentCollator(
             processor,
             mask_padding=args.mask_padding,
             augment=args.augment,
+            first_frame=args.first_frame,
             cache_features=args.cache_features,
             max_skipped=args.max_skipped,
             seed=args.seed,
@@ -269,6 +326,8 @@ class AlignmentTrainer(StageTrainer):
             compute_metrics=alignment_metrics,
             **kwargs,
         )
+        if isinstance(model.model.audio_tower, DaliAudioModel):
+            model.model.audio_tower.positions.requires_grad_(args.train_positions)
         self.label_names = ["pair_weight"]
         self.model_accepts_loss_kwargs = False
 
@@ -318,7 +377,10 @@ class AlignmentTrainer(StageTrainer):
             parameter.requires_grad_(True)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Halves a constant learning rate every few epochs, as published; other schedules are `Trainer`'s."""
+        """
+        Halves a constant learning rate every few epochs, as published, that of the scorers only with
+        `halve_scorers`; other schedules are `Trainer`'s.
+        """
         args = self.args
         halves = args.lr_scheduler_type == "constant" and args.halve_after
         if halves and getattr(self, "lr_scheduler", None) is None:
@@ -329,7 +391,9 @@ class AlignmentTrainer(StageTrainer):
                 late = step / steps_per_epoch - args.halve_after
                 return 1.0 if late < 0 else 0.5 ** (1 + math.floor(late / args.halve_every))
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            factors = [factor, factor if args.halve_scorers else lambda step: 1.0][: len(optimizer.param_groups)]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 

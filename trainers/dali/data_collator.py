@@ -191,6 +191,7 @@ class AlignmentCollator:
             of pictures.
         mask_padding: Whether the batch has `input_features_mask`, so that padding is left out of the loss.
         augment: Whether to add noise and roll.
+        first_frame: Whether the first frame of a clip is always taken.
         cache_features: Whether features of training rows are kept in memory once they are computed.
         max_skipped: Tolerated share of samples that cannot be decoded.
         seed: Of everything random.
@@ -202,6 +203,7 @@ class AlignmentCollator:
         image_tokens=None,
         mask_padding: bool = False,
         augment: bool = True,
+        first_frame: bool = False,
         cache_features: bool = False,
         max_skipped: float = 0.01,
         seed: int = 42,
@@ -211,6 +213,7 @@ class AlignmentCollator:
         self.image_tokens = image_tokens
         self.mask_padding = mask_padding
         self.augment = augment
+        self.first_frame = first_frame
         self.cache_features = cache_features
         self.known: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # features and mask by row
         self.skips = SkippedSamples(max_skipped)
@@ -252,9 +255,9 @@ class AlignmentCollator:
         """
         rng = sample_rng(self.seed, row)
         if self.is_cached(row):
-            picture = self.image_tokens.read(row["index"], rng)
+            picture = self.image_tokens.read(row["index"], rng, self.first_frame)
         else:
-            frame = pick_frame(frame_count(row), rng)
+            frame = pick_frame(frame_count(row), rng, self.first_frame)
             picture = self.pixels(read_image(row["frames"][frame] if "frames" in row else row["image"]))
         features, mask = self.features_of(row)
         if rng is not None and self.augment:

@@ -40,13 +40,14 @@ class ImageTokenCache:
     def __reduce__(self):
         return ImageTokenCache, (self.folder,)  # dataloader workers map the files by themselves
 
-    def read(self, row: int, rng: np.random.Generator | None) -> torch.Tensor:
+    def read(self, row: int, rng: np.random.Generator | None, first_frame: bool = False) -> torch.Tensor:
         """
         Tokens of a random frame of a row, or without randomness of the middle one.
 
         Args:
             row: Index of the row in its data set.
             rng: Randomness of the sample.
+            first_frame: Whether the first frame is always taken.
 
         Returns:
             [tokens, width], fp16.
@@ -57,7 +58,7 @@ class ImageTokenCache:
         first, end = self.offsets[row], self.offsets[row + 1]
         if first == end:
             raise UnreadableSampleError("the row has no frames")
-        frame = first + pick_frame(int(end - first), rng)
+        frame = first + pick_frame(int(end - first), rng, first_frame)
         if self.state[frame] != DONE:
             raise UnreadableSampleError(f"frame {frame - first} could not be decoded when image tokens were cached")
         return torch.from_numpy(np.array(self.tokens[frame]))

@@ -1,5 +1,6 @@
 """Attentive optimal transport: the token weights are learned by cross-attention between the two sets."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,15 +154,24 @@ def attentive_transport(
         **solver_options,
     )
     assert isinstance(transport, Transport)
-    entropies = _entropy(audio_weights, audio_tokens, audio_mask) + _entropy(image_weights, image_tokens, image_mask)
+    entropies = entropy(audio_weights, audio_tokens, audio_mask) + entropy(image_weights, image_tokens, image_mask)
     if pair_confidence is not None:
         entropies = entropies * pair_confidence
     loss = transport.loss - entropy_weight * entropies
     return transport._replace(loss=loss) if return_plan else loss
 
 
-def _entropy(weights: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Shannon entropy [B] in nats."""
+def entropy(weights: Tensor | None, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Shannon entropy of token weights.
+
+    Args:
+        weights: `[B, n]`, of sum 1 over the real tokens; None for uniform ones.
+        tokens: `[B, n, d]`, whose weights they are.
+        mask: `[B, n]` bool, True for real tokens.
+
+    Returns:
+        `[B]`, in nats.
+    """
     if weights is None:
         count = torch.full((len(tokens),), tokens.shape[1], device=tokens.device) if mask is None else mask.sum(1)
         return count.to(compute_dtype(tokens)).log()
@@ -186,14 +196,16 @@ class EntropyStep(NamedTuple):
 class EntropySchedule:
     """Weight of the entropies by epoch: a function of the fractional epoch alone, so a resumed run goes on exactly.
 
-    Uniform weights during the first epoch; from its end lambda falls linearly from `start` to `end`, reached at the
-    end of epoch `decay_end`, and stays there.
+    Uniform weights during the first epoch; from its end lambda falls from `start` to `end`, reached at the end of
+    epoch `decay_end`, and stays there. It falls by a step at the end of each epoch (500, 400, 300, 200, 100), as in
+    the released code, or linearly.
 
     Args:
         start: lambda during the uniform epochs and at their end.
         end: lambda from epoch `decay_end` on.
         uniform_epochs: Number of epochs with uniform weights.
         decay_end: Number of epochs after which `end` is reached.
+        staircase: Whether lambda falls by steps, at the end of each epoch.
 
     Raises:
         ValueError: If the fall would end before it begins.
@@ -206,6 +218,7 @@ class EntropySchedule:
     end: float = 100.0
     uniform_epochs: float = 1.0
     decay_end: float = 5.0
+    staircase: bool = True
 
     def __post_init__(self) -> None:
         """Check the order of the epochs."""
@@ -221,6 +234,7 @@ class EntropySchedule:
         Returns:
             Whether weights are uniform, and lambda.
         """
-        done = (epoch - self.uniform_epochs) / (self.decay_end - self.uniform_epochs)
+        reached = math.floor(epoch) if self.staircase else epoch
+        done = (reached - self.uniform_epochs) / (self.decay_end - self.uniform_epochs)
         done = min(max(done, 0.0), 1.0)
         return EntropyStep(epoch < self.uniform_epochs, self.start + done * (self.end - self.start))

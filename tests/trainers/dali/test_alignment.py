@@ -7,10 +7,20 @@ import torch
 from transformers import EvalPrediction
 
 from modeling_dali import DaliForConditionalGeneration
+from modeling_dali.checkpoint_dali import read_scorers
+from tests.released import released_scorers, seeded
 from tests.tiny import tiny_dali
 from tests.trainers.stages import clips, image_caption, moved, picture, settings, state, wav
-from trainers.dali.alignment import LOSSES, AlignmentConfig, AlignmentTrainer, alignment_metrics, moments
+from trainers.dali.alignment import (
+    LOSSES,
+    AlignmentConfig,
+    AlignmentTrainer,
+    alignment_metrics,
+    moments,
+    scored_transport,
+)
 from trainers.dali.image_token_cache import ImageTokenCache
+from trainers.losses import TransportScorer
 
 
 def align(folder, rows=None, eval_rows=None, **options):
@@ -33,11 +43,54 @@ def test_every_loss_falls_and_moves_its_weights_alone(loss, tmp_path):
     trainer.train()
     first, *_, last = losses(trainer)
     assert last < first - 0.02 * abs(first)
-    changed = moved(trainer.dali, before)
     audio = {n for n in before if n.startswith(("model.audio_tower.", "model.audio_projection."))}
-    assert changed == audio - {"model.audio_tower.positions"}  # fixed sin-cos positions
+    assert moved(trainer.dali, before) == audio
     found, sentence = image_caption(trainer.dali, trainer.processing_class)
     assert torch.equal(found, logits) and torch.equal(sentence, caption)
+
+
+def test_positions_train_only_where_asked(tmp_path):
+    trainer = align(tmp_path, loss="mmd", max_steps=1, train_positions=False)
+    before = state(trainer.dali)
+    trainer.train()
+    audio = {n for n in before if n.startswith(("model.audio_tower.", "model.audio_projection."))}
+    assert moved(trainer.dali, before) == audio - {"model.audio_tower.positions"}
+
+
+# Of the authors' forward pass (CAVMAE.forward in cav-mae/src/models/cav_mae.py) and their two backward passes of the
+# second epoch (cav-mae/src/traintest_distribution_alignment.py, lines 114 to 130), on the scorers and tokens of
+# tests/released.py: norms of the gradients, and the first three of the first token.
+AUTHORS_LOSS, AUTHORS_ENTROPY = 231.18496704101562, 12.53858757019043
+AUTHORS_ENCODER, AUTHORS_TRANSPORT = 8.929203987121582, 1.9920719861984253
+AUTHORS_TOKEN = [-0.045032259076833725, -0.0703415721654892, 0.007542294915765524]
+AUTHORS_SCORERS = {"a_q.weight": 16.720401763916016, "audio_scorer.in_proj_weight": 25.951210021972656}
+
+
+def test_gradients_are_the_authors_where_asked():
+    scorer = TransportScorer(32)
+    scorer.load_state_dict(read_scorers(released_scorers(32), 32, "scorers"))
+    audio, image = seeded((2, 512, 32), 1, 3.0).requires_grad_(), seeded((2, 576, 32), 2, 2.0)
+    loss = scored_transport(scorer, audio, image, 500.0, encoder_factor=2.0).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(AUTHORS_LOSS - 500 * AUTHORS_ENTROPY, rel=1e-5)
+    assert audio.grad.norm().item() == pytest.approx(AUTHORS_ENCODER, rel=1e-4)
+    np.testing.assert_allclose(audio.grad[0, 0, :3], AUTHORS_TOKEN, rtol=1e-3)
+    for name, norm in AUTHORS_SCORERS.items():
+        assert scorer.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-4)
+    theirs, audio.grad = audio.grad, None
+    scored_transport(scorer, audio, image, 500.0).mean().backward()  # the gradient of the loss
+    assert (theirs - audio.grad).norm().item() == pytest.approx(AUTHORS_TRANSPORT, rel=1e-3)
+
+
+def test_the_first_frame_where_asked(tmp_path):
+    row = clips(1, frames=3)[0] | {"epoch": 0, "index": 0}
+    collator = align(tmp_path, first_frame=True).data_collator
+    first = collator([row | {"frames": row["frames"][:1]}])["pixel_values"]
+    assert all(torch.equal(collator([row | {"epoch": epoch}])["pixel_values"], first) for epoch in range(5))
+    tokens = align(tmp_path, clips(2, frames=3), first_frame=True, cache_image_tokens=str(tmp_path / "tokens"))
+    cache = ImageTokenCache(tmp_path / "tokens")
+    found = tokens.data_collator([row | {"epoch": epoch} for epoch in range(5)])["image_tokens"]
+    assert (found == torch.from_numpy(np.array(cache.tokens[0]))).all()
 
 
 def test_frozen_towers_stay_in_eval_mode(tmp_path):
@@ -66,11 +119,13 @@ def test_lambda_follows_the_epoch(tmp_path):
     logged = {
         e["epoch"]: (e["entropy_weight"], e["uniform_weights"]) for e in trainer.state.log_history if "loss" in e
     }
-    assert logged[0.5] == (500, 1) and logged[3.0] == (300, 0) and logged[5.0] == logged[6.0] == (100, 0)
+    assert logged[0.5] == (500, 1) and logged[2.5] == (400, 0) and logged[3.0] == (300, 0)
+    assert logged[5.0] == logged[6.0] == (100, 0)
 
 
-def test_learning_rates(tmp_path):
-    rates = {"learning_rate": 1e-4, "scorer_learning_rate": 3e-4}
+@pytest.mark.parametrize("halve_scorers", [False, True])
+def test_learning_rates(tmp_path, halve_scorers):
+    rates = {"learning_rate": 1e-4, "scorer_learning_rate": 3e-4, "halve_scorers": halve_scorers}
     trainer = align(tmp_path, clips(20), num_train_epochs=20, per_device_train_batch_size=2, **rates)
     optimizer, scheduler = trainer.create_optimizer(), trainer.create_scheduler(20 * 10)
     assert type(optimizer) is torch.optim.Adam and optimizer.defaults["betas"] == (0.95, 0.999)
@@ -80,7 +135,8 @@ def test_learning_rates(tmp_path):
         optimizer.step()
         scheduler.step()
     assert rates[0] == [1e-4, 3e-4] == rates[99]
-    assert rates[100] == rates[149] == [5e-5, 1.5e-4] and rates[150] == rates[199] == [2.5e-5, 7.5e-5]
+    once, twice = (1.5e-4, 7.5e-5) if halve_scorers else (3e-4, 3e-4)
+    assert rates[100] == rates[149] == [5e-5, once] and rates[150] == rates[199] == [2.5e-5, twice]
 
 
 def test_evaluation(tmp_path):

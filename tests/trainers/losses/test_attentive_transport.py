@@ -115,8 +115,11 @@ def test_schedule():
     schedule = EntropySchedule()
     assert schedule(0.0) == (True, 500.0)
     assert schedule(0.999).uniform and not schedule(1.0).uniform
-    assert schedule(1.0).entropy_weight == 500.0
-    assert schedule(3.0).entropy_weight == 300.0
+    # lambda of the released code in its epochs 2 to 6 (traintest_distribution_alignment.py, lines 116 to 122)
+    for epoch, weight in enumerate((500.0, 400.0, 300.0, 200.0, 100.0), start=1):
+        assert schedule(epoch).entropy_weight == schedule(epoch + 0.99).entropy_weight == weight
+    linear = EntropySchedule(staircase=False)
+    assert [linear(epoch).entropy_weight for epoch in (1.0, 1.5, 3.0, 5.0)] == [500.0, 450.0, 300.0, 100.0]
     assert schedule(5.0).entropy_weight == 100.0
     assert schedule(19.5) == (False, 100.0)
     # the same whatever came before: a resumed run asks a new object
