@@ -1,0 +1,102 @@
+"""What the command trees `dali` and `vipant` share. Nothing here imports torch, so help and mistakes cost no time.
+
+A command is either written with typer, or handed on as typed to the module that does the work (`handed_on`), which has
+the options and the help. A user's error ends any command in one line; `--debug` shows where it comes from.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+
+import typer
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+
+
+def new_app(name: str, description: str) -> typer.Typer:
+    """A command tree with `--version`."""
+    app = typer.Typer(name=name, help=description, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{name} {metadata.version('dali-audio')}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", help="Show the version.", callback=show_version, is_eager=True
+        ),
+    ) -> None: ...
+
+    return app
+
+
+def new_group(app: typer.Typer, name: str, description: str) -> typer.Typer:
+    """A command with commands below it, such as `dali train`."""
+    group = typer.Typer(help=description, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
+def handed_on(app: typer.Typer, name: str, module: str, description: str, *before: str) -> None:
+    """
+    Adds a command whose arguments go to the `main` of a module.
+
+    Args:
+        app (`typer.Typer`):
+            Where the command stands.
+        name (`str`):
+            Of the command.
+        module (`str`):
+            Has `main(arguments)`, which may return an exit code.
+        description (`str`):
+            One line of help; the module's own help says the rest.
+        before (`str`):
+            Arguments that stand before those of the command line.
+    """
+
+    @app.command(
+        name,
+        help=description,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def command(context: typer.Context) -> None:
+        sys.argv[0] = context.command_path  # what the module's help and model cards call the program
+        raise typer.Exit(import_module(module).main([*before, *context.args]) or 0)
+
+
+def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs a command tree.
+
+    Args:
+        app (`typer.Typer`):
+            The tree.
+        arguments (`Sequence[str]`, *optional*):
+            Of the command line; those of this process by default.
+
+    Returns:
+        `int`: the exit code: the command's, 1 after a user's error, 2 for wrong usage, 130 after an interrupt.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        command = typer.main.get_command(app)
+        command([argument for argument in arguments if argument != "--debug"], prog_name=app.info.name)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, USER_ERRORS) else f"unexpected {type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
