@@ -213,13 +213,19 @@ def fill_placeholders(
         The new `inputs_embeds`.
 
     Raises:
-        ValueError: if there are more or fewer placeholders than features.
+        ValueError: if there are more or fewer placeholders than features, or if those are of another width.
     """
     found = mask.sum()
     if features is None:
         torch_compilable_check((found == 0) | (cached > 0), lambda: misfit(name, int(found), 0))
         return inputs_embeds
-    torch_compilable_check(found == len(features), lambda: misfit(name, int(found), len(features)))
+    if features.shape[-1] != inputs_embeds.shape[-1]:
+        raise ValueError(
+            f"The {name} features are {features.shape[-1]} wide, the language model {inputs_embeds.shape[-1]}. Are "
+            "they another model's? An assistant model must be as wide as the model that it assists."
+        )
+    number = features.shape[0]  # not `len`, which asks for the number itself where it is traced
+    torch_compilable_check(found == number, lambda: misfit(name, int(found), number))
     return scatter(features, mask, inputs_embeds)
 
 

@@ -340,9 +340,14 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             audio_outputs=outputs.audio_outputs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs) -> dict:
-        """The base class's. PEFT 0.21, which wraps this method, looks for the cache by its former name."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, cache=None, **kwargs) -> dict:
+        """The base class's, with what assistant models and PEFT need."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, cache=cache, **kwargs)
+        # The base class takes an assistant's first step for a later one and leaves out what it should see and hear.
+        is_start = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] > 1
+        if is_start and cache is not None and cache.get_seq_length() == 0:
+            inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
+        # PEFT 0.21, which wraps this method, looks for the cache by its former name.
         if "prepare_inputs_for_generation" in vars(self) and "cache" in inputs:
             inputs["past_key_values"] = inputs["cache"]
         return inputs

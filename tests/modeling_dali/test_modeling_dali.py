@@ -322,6 +322,48 @@ def test_loss_is_that_of_the_answer_alone():
     torch.testing.assert_close(loss, torch.stack(terms).mean())
 
 
+def test_shift_labels_are_labels_one_position_earlier():
+    model, processor = tiny_dali()
+    inputs = prepare(processor, [("audio", 0, 0)], suffix=["a dog barks ."])
+    labels = inputs.pop("labels")
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).loss
+        torch.testing.assert_close(model(**inputs, shift_labels=shifted).loss, expected)
+        torch.testing.assert_close(model(**inputs, labels=labels * 0, shift_labels=shifted).loss, expected)
+
+
+def test_outputs_of_the_encoders():
+    model, processor = tiny_dali()
+    model.set_attn_implementation("eager")
+    inputs = prepare(processor, [("audio_image", 0, 0), ("audio_image", 1, 1)])
+    with torch.no_grad():
+        plain = model(**inputs)
+        full = model(**inputs, output_hidden_states=True, output_attentions=True)
+    # Nothing is kept that nobody asked for: of LLaVA's image tower, the layer that the projector reads.
+    assert plain.audio_outputs.hidden_states is None and plain.image_outputs.attentions is None
+    assert [state is not None for state in plain.image_outputs.hidden_states] == [False, False, True, False]
+    assert len(full.audio_outputs.hidden_states) == 3 and len(full.audio_outputs.attentions) == 2
+    assert len(full.image_outputs.attentions) == 3 and None not in full.image_outputs.hidden_states
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    torch.testing.assert_close(full.logits, plain.logits)
+    torch.testing.assert_close(
+        plain.audio_outputs.pooler_output, model.get_audio_features(inputs["input_features"]).pooler_output
+    )
+
+
+def test_tuples_where_the_configuration_asks_for_them():
+    model, processor = tiny_dali()
+    inputs = prepare(processor, [("audio", 0, 0)])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        features = model.get_audio_features(inputs["input_features"])
+        model.config.return_dict = False
+        assert torch.equal(model(**inputs)[0], expected)
+        assert torch.equal(model.get_audio_features(inputs["input_features"])[1], features.pooler_output)
+        assert torch.equal(model(**inputs, return_dict=True).logits, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers' common tests
 
@@ -359,16 +401,6 @@ def test_training_gradient_checkpointing():
     assert any("audio_tower.layers.0" in name for name in plain)
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
-
-
-def test_generate_with_static_cache():
-    model, processor = tiny_dali()
-    model.generation_config.suppress_tokens += [model.config.image_token_index]  # which random weights may write
-    inputs = prepare(processor, MIXED)
-    dynamic = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    static = model.generate(**inputs, max_new_tokens=8, do_sample=False, cache_implementation="static")
-    without = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False)
-    assert torch.equal(dynamic, static) and torch.equal(dynamic, without)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -535,6 +567,48 @@ def test_embeddings_grow_where_the_tokens_need_it():
     assert len(tokenizer) == 64
     model = DaliForConditionalGeneration.from_llava(llava, audio_config=tiny_audio_config(), tokenizer=tokenizer)
     assert model.get_input_embeddings().num_embeddings == 66 == model.config.text_config.vocab_size
+
+
+def test_a_new_model_builds_each_part_once(monkeypatch):
+    from transformers import CLIPVisionModel, LlamaModel
+
+    built = []
+    for part in (CLIPVisionModel, LlamaModel, DaliAudioModel):
+        start = part.__init__
+        monkeypatch.setattr(
+            part, "__init__", lambda self, *args, start=start: (built.append(type(self)), start(self, *args))[1]
+        )
+    config = tiny_dali()[0].config
+    built.clear()
+    DaliForConditionalGeneration(config)
+    assert sorted(part.__name__ for part in built) == ["CLIPVisionModel", "DaliAudioModel", "LlamaModel"]
+
+
+def test_gradient_checkpointing_by_configuration():
+    config = tiny_dali()[0].config
+    config.gradient_checkpointing = True
+    model = DaliForConditionalGeneration(config)
+    for part in (model.model.vision_tower.encoder, model.model.language_model, model.model.audio_tower):
+        assert part.layers[0].gradient_checkpointing
+
+
+def test_from_llava_shares_no_configuration():
+    llava = tiny_llava()
+    llava.set_attn_implementation({"": "eager", "vision_config": "sdpa", "text_config": "eager"})
+    encoder = DaliAudioModel(tiny_audio_config())
+    before = llava.config.to_dict()
+    model = DaliForConditionalGeneration.from_llava(llava, encoder, tokenizer=tiny_tokenizer())
+    config, parts = model.config, ("vision_config", "text_config")
+    assert config.vision_config._attn_implementation == "sdpa" and config.text_config._attn_implementation == "eager"
+    for name in parts:
+        assert getattr(config, name) is not getattr(llava.config, name)
+    assert config.audio_config is not encoder.config or encoder.config is model.model.audio_tower.config
+    assert model.model.vision_tower.config is config.vision_config
+    assert model.model.language_model.layers[0].self_attn.config is config.text_config
+    model.set_attn_implementation("sdpa")
+    model.resize_token_embeddings(200)
+    assert model.model.language_model.config.vocab_size == 200
+    assert llava.config.to_dict() == before and llava.config.text_config._attn_implementation == "eager"
 
 
 def test_options_for_loading_need_something_to_load():
