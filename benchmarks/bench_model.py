@@ -18,8 +18,8 @@ import time
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration
-from modeling_dali.feature_extraction_dali import mel_filter_bank
+from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, KaldiFbankFeatureExtractor
+from modeling_dali.feature_extraction_kaldi_fbank import mel_filter_bank
 
 IMAGE, AUDIO, PROMPT, ANSWER = 4, 5, 24, 64  # at most 64 new tokens, as in the released code
 
@@ -107,7 +107,7 @@ def plain_fbank(waveform):
 
 def front_end():
     clips = [torch.randn(160_000) * 0.1 for _ in range(16)]
-    extractor = DaliFeatureExtractor()
+    extractor = KaldiFbankFeatureExtractor()
 
     def batch():
         return extractor(clips, sampling_rate=16_000).input_features

@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
 from tests.tiny import tiny_tokenizer
 from trainers.dali.alignment import AlignmentConfig, AlignmentTrainer
 from trainers.dali.data_collator import DaliDataCollator
@@ -70,7 +70,7 @@ def build() -> tuple[DaliForConditionalGeneration, DaliProcessor]:
     tokenizer = tiny_tokenizer()
     model = DaliForConditionalGeneration.from_llava(llava, audio_config=audio, tokenizer=tokenizer)
     images = CLIPImageProcessorPil(size={"shortest_edge": 168}, crop_size={"height": 168, "width": 168})
-    extractor = DaliFeatureExtractor(feature_size=128, num_frames=256)
+    extractor = KaldiFbankFeatureExtractor(feature_size=128, num_frames=256)
     return model, DaliProcessor.for_model(model.config, images, tokenizer, extractor)
 
 

@@ -1,20 +1,19 @@
 """Sound and frames of one clip, out of a video or audio file, in one pass over its packets.
 
 - `read_clip` seeks to a segment and gives mono sound at one rate and the frames nearest to the asked times,
-- `read_audio` gives the whole sound of a file at its own rate,
-- `encode_flac` and `encode_jpeg` give the bytes that shards hold.
+- `encode_sound` and `encode_jpeg` give the bytes that shards hold.
 
 Everything that can be wrong with a file is a `ClipError` with one of `REASONS`.
 """
 
 import io
 import os
-import stat
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -22,56 +21,20 @@ import soundfile
 import soxr
 from PIL import Image
 
+if TYPE_CHECKING:
+    from modeling_dali import audio_io
+else:  # by its path: a module of `modeling_dali` brings torch and transformers, 450 MB in every process that decodes
+    _spec = spec_from_file_location("audio_io", Path(__file__).parents[1] / "modeling_dali" / "audio_io.py")
+    audio_io = module_from_spec(_spec)
+    _spec.loader.exec_module(audio_io)
+
+ClipError = audio_io.ClipError
 SAMPLING_RATE = 16_000
-TOLERANCE = 0.5  # seconds that a track may fall short of the asked end: cutters and encoders round
-MAX_PIXELS = 8192 * 8192  # of one coded frame
 MAX_VIDEO_BYTES = 512 << 20  # of compressed video in one clip
 SILENCE = 1e-4  # peak of full scale, about three steps of 16 bits
 
-REASONS = {
-    "missing": "no such file",
-    "outside_source": "the path or link leads out of the source folder",
-    "not_a_file": "a folder, pipe, socket or device",
-    "empty": "zero bytes, or zero seconds",
-    "bad_index": "a line of the index cannot be read",
-    "damaged": "not a media file, or its data cannot be decoded",
-    "truncated": "data ends before the length that the file declares",
-    "too_short": "the file, or one of its tracks, is shorter than the asked clip",
-    "no_audio": "no audio track",
-    "no_video": "no video track",
-    "unsupported_codec": "no decoder for a track",
-    "silent": "sound that is silence throughout",
-    "too_large": "frames, or the clip's data, beyond the limits",
-    "timeout": "not decoded within the time limit",
-    "out_of_memory": "not decoded within the memory limit",
-    "crashed": "the decoder crashed",
-}
-
-# Containers that hold media themselves. Playlists (hls, concat, dash, sdp) would let a file name other files or hosts.
-_CONTAINERS = (
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,wav,w64,mp3,flac,aac,aiff,au,caf,mxf,ac3,amr,gif,"
-    "rm,swf,nut,mpegvideo,ivf"
-)
 _PREROLL = 0.25  # seconds of sound decoded before the start: audio frames overlap, and the first after a seek is wrong
-_CONTIGUOUS = 0.01  # seconds: smaller steps between audio frames are rounding of timestamps, larger ones are gaps
 _INTERLEAVING = 10.0  # seconds by which one track may lag behind the other inside a file
-
-
-class ClipError(ValueError):
-    """A clip that cannot be read as asked.
-
-    Args:
-        reason: a key of `REASONS`.
-        detail: what was found, for a reader of `failures.jsonl`.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)  # both, so that it can be pickled
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail or REASONS[self.reason]}"
 
 
 @dataclass
@@ -110,7 +73,7 @@ def read_clip(
         end: of the segment, in seconds; None for the end of the file.
         frames: how many; frame i is the one nearest to `start + i * length / frames`. 0 needs no video track.
         frame_size: the shorter side of larger frames is reduced to this many pixels; None keeps their size.
-        sampling_rate: in Hz; None keeps the file's. All channels are mixed down as `ffmpeg -ac 1` does.
+        sampling_rate: in Hz; None keeps the file's. Channels are mixed to their mean.
         allow_short: takes what there is of a segment that ends after the file does; otherwise that is an error.
 
     Returns:
@@ -122,27 +85,24 @@ def read_clip(
     """
     if not start >= 0 or (end is not None and not end > start) or frames < 0:
         raise ValueError(f"expected 0 <= start < end and frames >= 0, got {start=}, {end=}, {frames=}")
-    with _open(source) as container:
-        audio = _first(container.streams.audio, "no_audio")
-        video = _first(container.streams.video, "no_video") if frames else None
-        origin = max(0, container.start_time or 0) / av.time_base
-        declared = {stream: _declared_end(stream, container, origin) for stream in (audio, video) if stream}
+    with audio_io.open_media(source) as container:
+        audio = audio_io.first_stream(container.streams.audio, "no_audio")
+        video = audio_io.first_stream(container.streams.video, "no_video") if frames else None
+        origin = audio_io.origin_of(container)
+        declared = {stream: audio_io.declared_end(stream, container, origin) for stream in (audio, video) if stream}
         end = _clip_end(start, end, declared, allow_short)
         packets, track = _demux(container, audio, video, start, end, origin)
         end = start + track.end if np.isinf(end) else end  # a live recording, whose length none has noted
-        _check_reach(track.end, end - start, declared[audio] - start, "sound")
+        audio_io.check_reach(track.end, end - start, declared[audio] - start, "sound")
         pictures: list[tuple[float, Image.Image]] = []
         if video:
             last = max((packet.pts + (packet.duration or 0) for packet in packets if _usable(packet)), default=None)
             reach = -start if last is None else float(last * video.time_base) - origin - start
-            _check_reach(reach, end - start, declared[video] - start, "video")
+            audio_io.check_reach(reach, end - start, declared[video] - start, "video")
             wanted = [start + origin + i * (end - start) / frames for i in range(frames)]
             pictures = _decode_frames(video, packets, wanted, frame_size)
     waveform = track.waveform()
-    if not len(waveform):
-        raise ClipError("empty", "the audio track holds no sample in this segment")
-    if not np.isfinite(waveform).all():
-        raise ClipError("damaged", "the sound has samples that are not finite")
+    audio_io.check_samples(waveform)
     if np.abs(waveform).max() < SILENCE:
         raise ClipError("silent")
     rate = sampling_rate or track.rate
@@ -151,27 +111,15 @@ def read_clip(
     return Clip(waveform, rate, [image for _, image in pictures], [time - start - origin for time, _ in pictures])
 
 
-def read_audio(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
-    """Reads the whole sound of an audio or video file.
-
-    Args:
-        source: path, fsspec URL, or the file's bytes.
-
-    Returns:
-        Mono waveform, float32 [samples], and its sampling rate in Hz.
-
-    Raises:
-        ClipError: if it cannot be read.
-    """
-    clip = read_clip(source, frames=0, sampling_rate=None)
-    return clip.waveform, clip.sampling_rate
-
-
-def encode_flac(waveform: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> bytes:
-    """Encodes mono sound [samples], clipped to [-1, 1], as 16-bit FLAC."""
+def encode_sound(waveform: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> bytes:
+    """Encodes mono sound [samples] as 16-bit FLAC, or as 32-bit floating point WAV where it exceeds full scale."""
     buffer = io.BytesIO()
-    samples = np.rint(np.clip(waveform, -1.0, 1.0) * 32767).astype(np.int16)
-    soundfile.write(buffer, samples, sampling_rate, format="FLAC", subtype="PCM_16")
+    if np.abs(waveform).max() > 1:
+        soundfile.write(buffer, waveform, sampling_rate, format="WAV", subtype="FLOAT")
+    else:
+        # What was 16 bits before comes out bit for bit.
+        samples = np.rint(waveform * 32768.0).clip(max=32767).astype(np.int16)
+        soundfile.write(buffer, samples, sampling_rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 
@@ -182,138 +130,24 @@ def encode_jpeg(image: Image.Image, quality: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-@contextmanager
-def _open(source: str | os.PathLike | bytes) -> Iterator[Any]:
-    """Opens a media file of a known container; whatever goes wrong inside the block becomes a `ClipError`."""
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "fflags": "+genpts"}
-    try:
-        if isinstance(source, bytes):
-            if not source:
-                raise ClipError("empty", "zero bytes")
-            with av.open(io.BytesIO(source), options=options) as container:
-                yield container
-        elif "://" in (path := os.fspath(source)):
-            import fsspec
-
-            with fsspec.open(path, "rb") as file, av.open(file, options=options) as container:
-                yield container
-        else:
-            with av.open(_regular_file(path), options=options) as container:
-                yield container
-    except FileNotFoundError as error:
-        raise ClipError("missing", str(source)) from error
-    except (av.error.DecoderNotFoundError, av.codec.codec.UnknownCodecError) as error:
-        raise ClipError("unsupported_codec", str(error)) from error
-    except MemoryError as error:
-        raise ClipError("out_of_memory") from error
-    except (av.FFmpegError, OSError) as error:
-        raise ClipError("damaged", getattr(error, "strerror", None) or str(error)) from error
-
-
-def _regular_file(path: str) -> str:
-    status = os.stat(path)  # noqa: PTH116  (a Path would be made for this alone)
-    if not stat.S_ISREG(status.st_mode):
-        raise ClipError("not_a_file", path)
-    if not status.st_size:
-        raise ClipError("empty", "zero bytes")
-    return os.path.abspath(path)  # noqa: PTH100  (absolute, so that ffmpeg sees no protocol in its name)
-
-
-def _first(streams: Sequence[Any], reason: str) -> Any:
-    for stream in streams:
-        if stream.disposition & stream.disposition.attached_pic:  # cover art of a music file
-            continue
-        if stream.codec_context is None:
-            raise ClipError("unsupported_codec", f"{stream.type} track {stream.index}")
-        if stream.type == "video":
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > MAX_PIXELS:
-                raise ClipError("too_large", f"frames of {width} x {height} pixels")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes that change on the way
-        stream.codec_context.thread_count = 1  # one process a core reads clips: more threads would only fight
-        return stream
-    raise ClipError(reason)
-
-
-def _declared_end(stream: Any, container: Any, origin: float) -> float:
-    """The end of a track by the file's own word, in seconds; infinite if it says nothing."""
-    if stream.duration:
-        return float((stream.duration + (stream.start_time or 0)) * stream.time_base) - origin
-    return container.duration / av.time_base if container.duration else float("inf")
-
-
 def _clip_end(start: float, end: float | None, declared: dict[Any, float], allow_short: bool) -> float:
     shortest = min(declared.values())
     if shortest <= 0:
         raise ClipError("empty", "zero seconds")
     if start >= shortest:
         raise ClipError("too_short", f"the clip starts at {start:.3f} s, the file ends at {shortest:.3f} s")
-    if end is None:
-        return shortest
-    if shortest < end - TOLERANCE:
+    if end is None:  # sound alone is read to its end, whatever the file says
+        return shortest if len(declared) > 1 else float("inf")
+    if shortest < end - audio_io.TOLERANCE:
         if not allow_short:
             raise ClipError("too_short", f"the clip ends at {end:.3f} s, the file at {shortest:.3f} s")
         return shortest
     return end
 
 
-def _check_reach(reach: float, length: float, declared: float, what: str) -> None:
-    """Compares what a track held, in seconds from the clip's start, with the clip and with the file's own word."""
-    if reach >= min(length, declared) - TOLERANCE:
-        return
-    if np.isfinite(declared):
-        raise ClipError("truncated", f"{what} ends after {max(reach, 0):.3f} s, declared are {declared:.3f} s")
-    if np.isfinite(length):
-        raise ClipError("too_short", f"{what} ends after {max(reach, 0):.3f} s of {length:.3f} s")
-
-
-class _Track:
-    """Decoded sound of a segment, placed by its timestamps."""
-
-    def __init__(self, start: float, length: float):
-        self.start, self.length = start, length  # of the segment, in seconds of the file's clock
-        self.rate = 0
-        self.end = 0.0  # seconds from the segment's start
-        self._pieces: list[tuple[int, np.ndarray]] = []  # (sample offset, samples)
-        self._cursor: int | None = None
-        self._mixer: av.AudioResampler | None = None
-
-    def add(self, frame: av.AudioFrame) -> None:
-        if self._mixer is None:
-            self.rate = frame.sample_rate
-            # Weights of the channels add up to 1 for integers only; 32 bits lose nothing.
-            self._mixer = av.AudioResampler(format="s32", layout="mono", rate=self.rate)
-        if frame.pts is None:
-            offset = self._cursor or 0
-        else:
-            offset = round((float(frame.pts * frame.time_base) - self.start) * self.rate)
-        if self._cursor is not None and abs(offset - self._cursor) <= _CONTIGUOUS * self.rate:
-            offset = self._cursor
-        frame.pts = None  # the mixer would fill gaps its own way
-        try:
-            mixed = self._mixer.resample(frame)
-        except ValueError as error:
-            raise ClipError("damaged", f"the sound changes its format on the way: {error}") from error
-        for piece in mixed:
-            samples = (piece.to_ndarray()[0] * 2.0**-31).astype(np.float32)
-            self._pieces.append((offset, samples))
-            offset += len(samples)
-        self._cursor = offset
-        self.end = max(self.end, min(offset / self.rate, self.length))
-
-    def waveform(self) -> np.ndarray:
-        total = round(self.end * self.rate)
-        waveform = np.zeros(total, np.float32)
-        for offset, samples in self._pieces:
-            first, last = max(offset, 0), min(offset + len(samples), total)
-            if first < last:
-                waveform[first:last] = samples[first - offset : last - offset]
-        return waveform
-
-
 def _demux(
     container: Any, audio: Any, video: Any | None, start: float, end: float, origin: float
-) -> tuple[list[Any], _Track]:
+) -> tuple[list[Any], audio_io.Track]:
     """Collects the video packets of a segment, from a keyframe on, and decodes its sound."""
     packets, track = _demux_from(container, audio, video, start, end, origin)
     keyframes = [packet.pts for packet in packets if packet.is_keyframe]
@@ -326,10 +160,10 @@ def _demux(
 
 def _demux_from(
     container: Any, audio: Any, video: Any | None, start: float, end: float, origin: float, seek: bool = True
-) -> tuple[list[Any], _Track]:
+) -> tuple[list[Any], audio_io.Track]:
     if start > 0 and seek:
         container.seek(max(0, int((start - _PREROLL + origin) * av.time_base)))
-    track = _Track(start + origin, end - start)
+    track = audio_io.Track(audio, start + origin, end - start)
     packets: list[Any] = []
     size = 0
     reached = {stream: False for stream in (audio, video) if stream}
@@ -409,14 +243,4 @@ def _keep(decoded: list[Any], wanted: Sequence[int], images: dict[int, Image.Ima
         if frame.pts in wanted and frame.pts not in images:
             if frame.is_corrupt:
                 raise ClipError("damaged", f"the frame at {frame.time:.3f} s is corrupt")
-            images[frame.pts] = _upright(frame, frame_size)
-
-
-def _upright(frame: Any, frame_size: int | None) -> Image.Image:
-    """Turns a decoded frame into RGB of the asked size, rotated as its display matrix says."""
-    width, height = frame.width, frame.height
-    if frame_size and min(width, height) > frame_size:
-        scale = frame_size / min(width, height)
-        width, height = round(width * scale), round(height * scale)
-    pixels = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
+            images[frame.pts] = audio_io.upright(frame, frame_size)

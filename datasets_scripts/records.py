@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_scripts.clips import ClipRequest, printable
-from datasets_scripts.decode import ClipError, encode_flac, encode_jpeg, read_clip
+from datasets_scripts.decode import ClipError, encode_jpeg, encode_sound, read_clip
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _read(request: ClipRequest, settings: Settings) -> dict[str, Any]:
         frames = [{"bytes": encode_jpeg(frame, settings.jpeg_quality), "path": None} for frame in clip.frames]
         return {
             "id": request.id,
-            "audio": {"bytes": encode_flac(clip.waveform, clip.sampling_rate), "path": None},
+            "audio": {"bytes": encode_sound(clip.waveform, clip.sampling_rate), "path": None},
             "frames": frames,
             "frame_times": [round(time, 6) for time in clip.frame_times],
             "labels": list(request.labels),

@@ -13,7 +13,7 @@ from transformers import (
 
 from .audio_encoder_dali import DaliAudioModel
 from .configuration_dali import DaliAudioConfig, DaliConfig
-from .feature_extraction_dali import DaliFeatureExtractor
+from .feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
 from .modeling_dali import DaliForConditionalGeneration, DaliModel
 from .processing_dali import DaliProcessor
 
@@ -23,15 +23,15 @@ AutoModel.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
 AutoModel.register(DaliAudioConfig, DaliAudioModel, exist_ok=True)
-AutoFeatureExtractor.register(DaliConfig, DaliFeatureExtractor, exist_ok=True)
+AutoFeatureExtractor.register(DaliConfig, KaldiFbankFeatureExtractor, exist_ok=True)
 AutoProcessor.register(DaliConfig, DaliProcessor, exist_ok=True)
 
 __all__ = [
     "DaliAudioConfig",
     "DaliAudioModel",
     "DaliConfig",
-    "DaliFeatureExtractor",
     "DaliForConditionalGeneration",
     "DaliModel",
     "DaliProcessor",
+    "KaldiFbankFeatureExtractor",
 ]

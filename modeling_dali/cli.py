@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .audio_io import UnreadableFileError, load_audio, load_middle_frame
+from .audio_io import ClipError, read_audio, read_middle_frame
 from .explain import draw, explain, find_scorers
 from .modeling_dali import DaliForConditionalGeneration
 from .processing_dali import DaliProcessor
@@ -51,13 +51,12 @@ def read_windows(file: str, processor: DaliProcessor, image: Image.Image | None,
         ValueError: if its sound, or with `with_video` its picture, cannot be read.
     """
     if with_video:
-        image = load_middle_frame(file)
-    waveform, rate = load_audio(file)
-    windows, _ = processor.split_windows([waveform], rate, max_windows=sys.maxsize)
-    out_rate = processor.feature_extractor.sampling_rate
+        image = read_middle_frame(file)
+    rate = processor.feature_extractor.sampling_rate
+    windows, _ = processor.split_windows([file], max_windows=sys.maxsize)
     result, start = [], 0
     for samples in windows:
-        result.append(Window(file, start / out_rate, (start + len(samples)) / out_rate, samples, image))
+        result.append(Window(file, start / rate, (start + len(samples)) / rate, samples, image))
         start += len(samples)
     return result
 
@@ -159,12 +158,12 @@ def explain_file(file: str, model, processor, scorers, image: Image.Image | None
     Raises:
         ValueError: if sound or picture cannot be read, or the sound ends before `start`.
     """
-    picture = load_middle_frame(file) if image is None else image
-    waveform, rate = load_audio(file)
-    waveform = waveform[:, round(start * rate) :]
-    if waveform.shape[1] == 0:
-        raise UnreadableFileError(f"{file}: the sound ends before {start:g} s.")
+    picture = read_middle_frame(file) if image is None else image
     extractor = processor.feature_extractor
+    waveform, rate = read_audio(file, target_rate=extractor.sampling_rate)
+    waveform = waveform[round(start * rate) :]
+    if len(waveform) == 0:
+        raise ClipError("too_short", f"the sound ends before {start:g} s", file)
     windows, _ = processor.split_windows([waveform], rate, max_windows=sys.maxsize)
     samples = windows[0].numpy()
     features = extractor([samples], sampling_rate=extractor.sampling_rate, return_tensors="pt")

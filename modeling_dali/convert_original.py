@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from .checkpoint_dali import read_prefix, read_projector
 from .explain import save_scorers
-from .feature_extraction_dali import DaliFeatureExtractor
+from .feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
 from .modeling_dali import DaliForConditionalGeneration
 from .processing_dali import DaliProcessor
 
@@ -47,7 +47,7 @@ def convert(llava, audio_backbone, output, projector=None, prefix=None) -> None:
         report(prefix, unneeded)
     # The published weights were tuned in LLaVA's v1 conversation, whatever template the captioner brings.
     processor = DaliProcessor.for_model(
-        model.config, AutoImageProcessor.from_pretrained(llava), tokenizer, DaliFeatureExtractor()
+        model.config, AutoImageProcessor.from_pretrained(llava), tokenizer, KaldiFbankFeatureExtractor()
     )
     model.save_pretrained(output)
     processor.save_pretrained(output)

@@ -20,7 +20,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
-from .feature_extraction_dali import prepare_clips
+from .audio_io import list_sounds, read_batch
 
 logger = logging.get_logger(__name__)
 
@@ -141,13 +141,14 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         Args:
             images: Pictures, in the order of the `<image>` placeholders.
             text (`str` or `list[str]`): One prompt or several, with placeholders.
-            audio: Sounds, in the order of the `<audio>` placeholders: numpy or torch arrays [samples] or [channels,
-                samples], lists of samples, paths or URLs.
+            audio: Sounds, in the order of the `<audio>` placeholders: paths, URLs, bytes, arrays [samples] or
+                [channels, samples], ..., as [`read_audio`] takes them. An array that stands alone is one sound.
             suffix (`str` or `list[str]`, *optional*): What the model shall answer, one per prompt. Gives `labels`:
                 -100 on prompt, media and padding, then the ids of the answer and the end of the text.
             output_labels (`bool`, defaults to `False`): Without `suffix`, gives `labels` too: the ids of the whole
                 text, -100 on media, prefix and padding.
-            sampling_rate (`int` or `list[int]`, *optional*): Of the sounds, in Hz; one for all or one for each.
+            sampling_rate (`int` or `list[int]`, *optional*): Of arrays, in Hz; one for all or one for each. Files
+                know their own.
             trim_padding (`bool`, defaults to `False`): Leave out audio tokens that have heard padding only, so that
                 a clip of 2 s costs a fifth of one of 10 s.
             max_windows (`int`, defaults to 30): A sound longer than the feature extractor's clip (10.24 s) is split
@@ -183,14 +184,8 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Lists of prompts, pictures and sounds from whatever form they were given in."""
-        if (
-            audio is not None
-            and isinstance(audio, (list, tuple))
-            and len(audio)
-            and isinstance(audio[0], (int, float))
-        ):
-            audio = [audio]  # one clip as a list of samples
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+        return images, text, videos, list_sounds(audio)  # unread: transformers would bring files to another rate
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks that placeholders and inputs are as many, the prefix among them."""
@@ -282,7 +277,8 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         """
         rate, length = self.feature_extractor.sampling_rate, window_samples(self.feature_extractor)
         windows, counts = [], []
-        for index, samples in enumerate(prepare_clips(audio, sampling_rate, rate)):
+        for index, clip in enumerate(read_batch(audio, sampling_rate, rate)):
+            samples = torch.from_numpy(clip)
             count = self.count_windows(len(samples))
             if count > max_windows:
                 message = (

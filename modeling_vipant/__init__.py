@@ -11,23 +11,25 @@ from transformers import (
     AutoProcessor,
 )
 
+from modeling_dali import KaldiFbankFeatureExtractor
+
 from .configuration_vipant import VipAntAudioConfig, VipAntConfig
-from .feature_extraction_vipant import VipAntFeatureExtractor
+from .feature_extraction_vipant import vipant_feature_extractor
 from .modeling_vipant import VipAntAudioModel, VipAntForAudioClassification, VipAntModel
 from .processing_vipant import VipAntProcessor
 
 AutoConfig.register("vipant", VipAntConfig)
 AutoModel.register(VipAntConfig, VipAntModel)
 AutoModelForAudioClassification.register(VipAntConfig, VipAntForAudioClassification)
-AutoFeatureExtractor.register(VipAntConfig, VipAntFeatureExtractor)
+AutoFeatureExtractor.register(VipAntConfig, KaldiFbankFeatureExtractor)
 AutoProcessor.register(VipAntConfig, VipAntProcessor)
 
 __all__ = [
     "VipAntAudioConfig",
     "VipAntAudioModel",
     "VipAntConfig",
-    "VipAntFeatureExtractor",
     "VipAntForAudioClassification",
     "VipAntModel",
     "VipAntProcessor",
+    "vipant_feature_extractor",
 ]

@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_vipant import (
     VipAntConfig,
-    VipAntFeatureExtractor,
     VipAntForAudioClassification,
     VipAntModel,
     VipAntProcessor,
+    vipant_feature_extractor,
 )
 from modeling_vipant.modeling_vipant import interpolate_positions
 
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
         labels = args.labels and args.labels.read_text(encoding="utf-8").splitlines()
         model, left_out = convert(CLIPModel.from_pretrained(args.clip), checkpoint, args.num_frames, labels)
         processor = VipAntProcessor(
-            VipAntFeatureExtractor(num_frames=args.num_frames),
+            vipant_feature_extractor(num_frames=args.num_frames),
             CLIPImageProcessorPil.from_pretrained(args.clip),
             AutoTokenizer.from_pretrained(args.clip),
         )

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from modeling_dali.audio_io import load_audio
+from modeling_dali.audio_io import read_audio
 from modeling_vipant import VipAntModel, VipAntProcessor
 
 SOUND_SUFFIXES = frozenset(
@@ -85,13 +85,14 @@ class Embedder:
             ValueError, OSError: If the file cannot be read.
         """
         extractor = self.processor.feature_extractor
-        waveform, rate = load_audio(path)
-        window = rate * extractor.window_samples // extractor.sampling_rate
-        pieces = list(torch.from_numpy(waveform[:1]).split(window, dim=1))
-        if len(pieces) > 1 and pieces[-1].shape[1] < MIN_REST * window:
-            pieces.pop()
-        features = extractor([piece[0] for piece in pieces], sampling_rate=rate, return_tensors="pt")
-        return features["input_features"], waveform.shape[1] / rate
+        waveform, rate = read_audio(path, target_rate=extractor.sampling_rate)
+        window, reach = extractor.window_samples, extractor.crop_samples  # a piece reaches into the next one's frames
+        starts = range(0, len(waveform), window)
+        if len(starts) > 1 and len(waveform) - starts[-1] < MIN_REST * window:
+            starts = starts[:-1]
+        pieces = [waveform[start : start + reach] for start in starts]
+        features = extractor(pieces, sampling_rate=rate, return_tensors="pt")
+        return features["input_features"], len(waveform) / rate
 
     @torch.inference_mode()
     def sounds(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:

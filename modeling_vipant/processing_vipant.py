@@ -2,15 +2,12 @@
 
 from transformers import ProcessorMixin
 
-# Not used below: a saved processor carries the code of its feature extractor by this import.
-from .feature_extraction_vipant import VipAntFeatureExtractor  # noqa: F401
-
 
 class VipAntProcessor(ProcessorMixin):
     """The audio front end, CLIP's image processor and CLIP's tokenizer in one.
 
     Args:
-        feature_extractor: A `VipAntFeatureExtractor`.
+        feature_extractor: A `KaldiFbankFeatureExtractor` with VIP-ANT's numbers (`vipant_feature_extractor()`).
         image_processor: CLIP's image processor.
         tokenizer: CLIP's tokenizer.
 
@@ -25,6 +22,11 @@ class VipAntProcessor(ProcessorMixin):
 
     def __init__(self, feature_extractor=None, image_processor=None, tokenizer=None):
         super().__init__(feature_extractor, image_processor, tokenizer)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Lists of texts, pictures and sounds; the sounds are unread: the feature extractor does that."""
+        images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+        return images, text, videos, self.feature_extractor.fetch_audio(audio)
 
 
 VipAntProcessor.register_for_auto_class("AutoProcessor")

@@ -14,7 +14,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
 
 WORDS = """
 a an the of and in on is are with at dog cat bird bell rain car man woman barks meows sings rings falls passes speaks
@@ -99,9 +99,9 @@ def tiny_audio_config(**kwargs) -> DaliAudioConfig:
     return DaliAudioConfig(**(sizes | kwargs))
 
 
-def tiny_feature_extractor() -> DaliFeatureExtractor:
+def tiny_feature_extractor() -> KaldiFbankFeatureExtractor:
     """The front end of `tiny_audio_config`: clips of 0.64 s."""
-    return DaliFeatureExtractor(feature_size=32, num_frames=64)
+    return KaldiFbankFeatureExtractor(feature_size=32, num_frames=64)
 
 
 def tiny_dali(tower: str = "clip", prefix: int = 0, **kwargs) -> tuple[DaliForConditionalGeneration, DaliProcessor]:

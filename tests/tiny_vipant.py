@@ -4,7 +4,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
+from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
 
 NUM_FRAMES, NUM_BINS = 64, 32
 
@@ -52,7 +52,7 @@ def tiny_vipant(seed: int = 0) -> VipAntModel:
 
 def tiny_processor() -> VipAntProcessor:
     return VipAntProcessor(
-        VipAntFeatureExtractor(feature_size=NUM_BINS, num_frames=NUM_FRAMES),
+        vipant_feature_extractor(sampling_rate=16_000, feature_size=NUM_BINS, num_frames=NUM_FRAMES),
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tiny_tokenizer(),
     )

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoFeatureExtractor, AutoProcessor, AutoTokenizer, HfArgumentParser, set_seed
 
-from modeling_dali import DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -110,7 +110,7 @@ def load_model(
         raise ValueError(f"{source} is a {config.model_type} model; a DALI or LLaVA one is needed.")
     llava_processor = AutoProcessor.from_pretrained(source)
     tokenizer = getattr(llava_processor, "tokenizer", None) or AutoTokenizer.from_pretrained(source)
-    extractor: Any = DaliFeatureExtractor()
+    extractor: Any = KaldiFbankFeatureExtractor()
     encoder: Any = audio_encoder
     if audio_encoder and not audio_encoder.endswith((".pth", ".pt")):
         from transformers import AutoModel

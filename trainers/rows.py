@@ -6,19 +6,17 @@ is the same whichever worker, process or resumed run draws it.
 """
 
 import io
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import numpy as np
-import soxr
 import torch
 from PIL import Image
 from transformers.utils import logging
 
-from modeling_dali.audio_io import load_audio
+from modeling_dali import audio_io
 
 logger = logging.get_logger(__name__)
 
@@ -82,33 +80,21 @@ def _payload(value):
     return io.BytesIO(value) if isinstance(value, bytes) else value
 
 
-def read_audio(value, sampling_rate: int, seconds: float | None = None) -> np.ndarray:
+def read_audio(value, sampling_rate: int) -> np.ndarray:
     """
     Mono sound of a row.
 
     Args:
         value: The cell: a path, bytes, `{"path", "bytes"}` or `{"array", "sampling_rate"}`.
         sampling_rate: Wanted rate in Hz.
-        seconds: Cut to this length.
 
     Returns:
         [samples], float32.
 
     Raises:
-        UnreadableSampleError: if there is none, or it holds NaN.
+        ClipError: if there is none, or it cannot be read.
     """
-    if value is None:
-        raise UnreadableSampleError("the row has no sound")
-    if isinstance(value, dict) and value.get("array") is not None:
-        waveform, rate = np.atleast_2d(np.asarray(value["array"], dtype=np.float32)), value["sampling_rate"]
-    else:
-        waveform, rate = load_audio(_payload(value))
-    samples = waveform[0]
-    if seconds is not None:
-        samples = samples[: math.ceil(seconds * rate)]
-    if not np.isfinite(samples).all():
-        raise UnreadableSampleError("the sound holds NaN or infinite samples")
-    return samples if rate == sampling_rate else soxr.resample(samples, rate, sampling_rate)
+    return audio_io.read_audio(value, target_rate=sampling_rate)[0]
 
 
 def read_image(value) -> Image.Image:

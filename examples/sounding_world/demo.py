@@ -47,7 +47,7 @@ from transformers.utils import logging
 from datasets_scripts.sounding_world import SYNONYMS, sounding_world, vocabulary
 from examples.sounding_world.captioner import CaptionerConfig, CaptionerTrainer, new_captioner, texts_of
 from examples.sounding_world.report import write_report
-from modeling_dali import DaliAudioConfig, DaliFeatureExtractor, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
 from modeling_dali.explain import explain, find_scorers
 from trainers.dali.alignment import LOSSES, AlignmentConfig, AlignmentTrainer
 from trainers.dali.distillation import DistillationConfig, DistillationTrainer, join_captions
@@ -329,7 +329,8 @@ class Demo:
         """A DALI model out of the captioner, with an audio encoder of random weights."""
         config, source = self.config, self.output / "captioner"
         torch.manual_seed(seed)
-        extractor = DaliFeatureExtractor(feature_size=config.num_mel_bins, num_frames=round(100 * config.duration))
+        num_frames = round(100 * config.duration)
+        extractor = KaldiFbankFeatureExtractor(feature_size=config.num_mel_bins, num_frames=num_frames)
         audio = DaliAudioConfig(
             num_frames=extractor.num_frames,
             num_mel_bins=config.num_mel_bins,

@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from datasets_scripts.sounding_world import SOUNDING, sounding_world
-from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
+from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
 from trainers.rows import read_audio, read_image
 from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer
 from trainers.vipant.dataset import pick, spec_augment, stack
@@ -96,7 +96,7 @@ def new_processor(captions: list[str]) -> VipAntProcessor:
     tokenizer = blank.train_new_from_iterator([captions, alphabet], vocab_size=600, show_progress=False)
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return VipAntProcessor(
-        VipAntFeatureExtractor(num_frames=NUM_FRAMES),
+        vipant_feature_extractor(sampling_rate=16_000, num_frames=NUM_FRAMES),
         CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side),
         tokenizer,
     )

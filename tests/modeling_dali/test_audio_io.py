@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from modeling_dali.audio_io import UnreadableFileError, load_audio, load_middle_frame
+from modeling_dali.audio_io import ClipError, read_audio, read_middle_frame
 
 
 def tone(rate, seconds=1.0, channels=1):
@@ -43,48 +43,48 @@ def write_video(path, rate=24_000, seconds=1.0, audio=True, video=True):
 def test_sound_files(suffix, channels, tmp_path):
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, tone(22_050, channels=channels).T, 22_050)
-    waveform, rate = load_audio(path)
-    assert rate == 22_050 and waveform.dtype == np.float32 and waveform.shape[0] == channels
-    assert waveform.shape[1] == pytest.approx(22_050, abs=2_500)
-    spectrum = np.abs(np.fft.rfft(waveform[0, :20_000]))
+    waveform, rate = read_audio(path)
+    assert rate == 22_050 and waveform.dtype == np.float32 and waveform.ndim == 1
+    assert waveform.shape[0] == pytest.approx(22_050, abs=2_500)
+    spectrum = np.abs(np.fft.rfft(waveform[:20_000]))
     assert spectrum.argmax() * 22_050 / 20_000 == pytest.approx(440, abs=2)
 
 
 @pytest.mark.parametrize("suffix", ["m4a", "mp4", "mkv"])
 def test_video_files(suffix, tmp_path):
     path = write_video(tmp_path / f"a.{suffix}", video=suffix != "m4a")
-    waveform, rate = load_audio(path)
-    assert rate == 24_000 and waveform.shape == (1, pytest.approx(24_000, abs=2_100))
-    spectrum = np.abs(np.fft.rfft(waveform[0, 2_000:22_000]))
+    waveform, rate = read_audio(path)
+    assert rate == 24_000 and len(waveform) == pytest.approx(24_000, abs=2_100)
+    spectrum = np.abs(np.fft.rfft(waveform[2_000:22_000]))
     assert spectrum.argmax() * 24_000 / 20_000 == pytest.approx(440, abs=2)
 
 
 def test_middle_frame(tmp_path):
-    picture = load_middle_frame(write_video(tmp_path / "a.mp4"))
+    picture = read_middle_frame(write_video(tmp_path / "a.mp4"))
     assert picture.size == (64, 48) and picture.mode == "RGB"
 
 
 def test_real_videos(shared_data):
     for path in sorted((shared_data / "videos").glob("*.mp4")):
-        waveform, rate = load_audio(path)
-        assert rate == 44_100 and waveform.shape[0] == 2 and waveform.shape[1] / rate == pytest.approx(10, abs=0.1)
-        assert load_middle_frame(path).size[0] > 100
+        waveform, rate = read_audio(path)
+        assert rate == 44_100 and len(waveform) / rate == pytest.approx(10, abs=0.1)
+        assert read_middle_frame(path).size[0] > 100
 
 
 def test_open_files(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(8_000)[0], 8_000)
-    waveform, rate = load_audio(io.BytesIO((tmp_path / "a.wav").read_bytes()))
-    assert rate == 8_000 and waveform.shape == (1, 8_000)
+    waveform, rate = read_audio(io.BytesIO((tmp_path / "a.wav").read_bytes()))
+    assert rate == 8_000 and waveform.shape == (8_000,)
     data = write_video(tmp_path / "a.mp4").read_bytes()
-    assert load_audio(io.BytesIO(data))[1] == 24_000
+    assert read_audio(io.BytesIO(data))[1] == 24_000
 
 
 def test_the_suffix_does_not_matter(tmp_path):
     write_video(tmp_path / "a.mp4").rename(tmp_path / "a.wav")
-    assert load_audio(tmp_path / "a.wav")[1] == 24_000
+    assert read_audio(tmp_path / "a.wav")[1] == 24_000
     soundfile.write(tmp_path / "b.flac", tone(8_000)[0], 8_000)
     (tmp_path / "b.flac").rename(tmp_path / "b.mp3")
-    assert load_audio(tmp_path / "b.mp3")[1] == 8_000
+    assert read_audio(tmp_path / "b.mp3")[1] == 8_000
 
 
 def test_a_truncated_file_gives_what_it_holds_or_an_error(tmp_path):
@@ -94,35 +94,35 @@ def test_a_truncated_file_gives_what_it_holds_or_an_error(tmp_path):
         soundfile.write(path, whole[0], 22_050)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         try:
-            waveform, _ = load_audio(path)
-        except UnreadableFileError as error:
+            waveform, _ = read_audio(path)
+        except ClipError as error:
             assert str(path) in str(error)
         else:
-            assert 0.2 < waveform.shape[1] / whole.shape[1] < 0.8
+            assert 0.2 < len(waveform) / whole.shape[1] < 0.8
             assert waveform.std() > 0.2
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, "there is no such file"),
-        (lambda p: p.mkdir(), "this is a folder"),
-        (lambda p: p.write_bytes(b""), "the file is empty"),
-        (lambda p: p.write_text("hello " * 100), "not a sound or video file"),
-        (lambda p: soundfile.write(p, np.zeros(0), 8_000, format="WAV"), "length of zero"),
-        (lambda p: write_video(p.with_suffix(".mp4"), audio=False).rename(p), "no sound track"),
+        (lambda p: None, "missing"),
+        (lambda p: p.mkdir(), "not_a_file"),
+        (lambda p: p.write_bytes(b""), "empty: zero bytes"),
+        (lambda p: p.write_text("hello " * 100), "damaged"),
+        (lambda p: soundfile.write(p, np.zeros(0), 8_000, format="WAV"), "empty"),
+        (lambda p: write_video(p.with_suffix(".mp4"), audio=False).rename(p), "no_audio"),
     ],
 )
 def test_unreadable_files(make, message, tmp_path):
     path = tmp_path / "clip"
     make(path)
-    with pytest.raises(UnreadableFileError, match=message) as error:
-        load_audio(path)
+    with pytest.raises(ClipError, match=message) as error:
+        read_audio(path)
     assert str(path) in str(error.value)
 
 
 def test_no_picture(tmp_path):
-    with pytest.raises(UnreadableFileError, match="no video track"):
-        load_middle_frame(write_video(tmp_path / "a.m4a", video=False))
-    with pytest.raises(UnreadableFileError, match="no such file"):
-        load_middle_frame(tmp_path / "b.mp4")
+    with pytest.raises(ClipError, match="no_video"):
+        read_middle_frame(write_video(tmp_path / "a.m4a", video=False))
+    with pytest.raises(ClipError, match="missing"):
+        read_middle_frame(tmp_path / "b.mp4")

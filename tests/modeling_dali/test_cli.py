@@ -67,7 +67,7 @@ def test_a_bad_file_is_reported_and_the_others_go_on(folder, capsys):
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     assert [line["file"].rsplit("/")[-1] for line in lines] == ["a.wav", "bad.wav", "none.wav", "c.ogg"]
-    assert "not a sound or video file" in lines[1]["error"] and "no such file" in lines[2]["error"]
+    assert "damaged" in lines[1]["error"] and "no such file" in lines[2]["error"]
     assert lines[3]["caption"] is not None
     assert "2 of 4 files could not be captioned" in captured.err
 

@@ -88,7 +88,7 @@ def test_a_fresh_interpreter_loads_it_and_says_the_same(saved, tmp_path):
 def test_what_is_in_the_folder(saved):
     folder = saved[0]
     names = {path.name for path in folder.iterdir()}
-    code = {"modeling_dali.py", "configuration_dali.py", "processing_dali.py", "feature_extraction_dali.py"}
+    code = {"modeling_dali.py", "configuration_dali.py", "processing_dali.py", "feature_extraction_kaldi_fbank.py"}
     files = {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "README.md"}
     assert code | files <= names
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]

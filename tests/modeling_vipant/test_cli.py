@@ -165,8 +165,8 @@ def test_long_files_are_averaged_over_windows(embedder, tmp_path):
 def test_other_rates_and_channels(embedder, tmp_path):
     time = np.arange(44_100) / 44_100
     wave = 0.3 * np.sin(2 * np.pi * 440 * time)
-    soundfile.write(tmp_path / "stereo.wav", np.stack([wave, 0 * wave], 1), 44_100)
-    soundfile.write(tmp_path / "mono.wav", wave[:44_100], 44_100)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([2 * wave, 0 * wave], 1), 44_100, subtype="FLOAT")
+    soundfile.write(tmp_path / "mono.wav", wave, 44_100, subtype="FLOAT")
     stereo, mono = (embedder.sounds([embedder.windows(tmp_path / f"{n}.wav")[0]]) for n in ("stereo", "mono"))
     torch.testing.assert_close(stereo, mono)
 

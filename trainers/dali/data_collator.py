@@ -269,9 +269,7 @@ class AlignmentCollator:
         keep = self.cache_features and "epoch" in row
         if keep and row["index"] in self.known:
             return self.known[row["index"]]
-        window = getattr(self.extractor, "window_samples", None)
-        seconds = None if window is None else window / self.extractor.sampling_rate
-        found = self.features(read_audio(row["audio"], self.extractor.sampling_rate, seconds))
+        found = self.features(read_audio(row["audio"], self.extractor.sampling_rate))
         if keep:
             self.known[row["index"]] = found
         return found

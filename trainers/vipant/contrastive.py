@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_vipant import VipAntFeatureExtractor, VipAntModel, VipAntProcessor
+from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
 from trainers.losses.barlow_twins import barlow_twins
 from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
@@ -349,7 +349,7 @@ def load_model_and_processor(name: str, num_frames: int = 1000) -> tuple[VipAntM
         processor.feature_extractor.num_frames = num_frames
         return model, processor
     processor = VipAntProcessor(
-        VipAntFeatureExtractor(num_frames=num_frames),
+        vipant_feature_extractor(num_frames=num_frames),
         CLIPImageProcessorPil.from_pretrained(name),
         AutoTokenizer.from_pretrained(name),
     )

@@ -131,15 +131,19 @@ class ClipDataset(torch.utils.data.Dataset):
         return example
 
     def waveform(self, row: dict) -> torch.Tensor:
-        """A row's sound as the front end needs it: `[samples]`, at most one window, at the extractor's rate."""
-        extractor = self.processor.feature_extractor
-        seconds = extractor.window_samples / extractor.sampling_rate
-        return torch.from_numpy(read_audio(row["audio"], extractor.sampling_rate, seconds))
+        """A row's sound as the front end needs it: `[samples]`, at the extractor's rate."""
+        return torch.from_numpy(read_audio(row["audio"], self.processor.feature_extractor.sampling_rate))
 
     def features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Spectrogram `[frames, bins]`, masked in training."""
+        """Spectrogram `[frames, bins]`, in training of a random part of the sound, and masked."""
         extractor = self.processor.feature_extractor
-        features = extractor([waveform], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        features = extractor(
+            [waveform],
+            sampling_rate=extractor.sampling_rate,
+            return_tensors="pt",
+            crop="random" if self.training else None,
+            truncation=True,
+        )
         features = features["input_features"][0]
         return spec_augment(features, *self.masks) if self.training and any(self.masks) else features
 

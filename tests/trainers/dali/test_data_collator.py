@@ -47,7 +47,6 @@ def test_every_way_to_give_sound(tmp_path):
     array = {"array": expected, "sampling_rate": 16_000}
     np.testing.assert_array_equal(read_audio(array, 16_000), expected)
     assert len(read_audio(value, 8_000)) == len(expected) // 2
-    assert len(read_audio(value, 16_000, seconds=0.1)) == 1600
 
 
 @pytest.mark.parametrize(
