@@ -404,7 +404,7 @@ class Track:
         self.start, self.length = start, length
         self._first: int | None = None
         if stream.codec_context.name == "vorbis" and stream.container.format.name == "ogg" and stream.duration:
-            # FFmpeg stamps files of a single page a block late, and cuts their end by as much. So it cuts nothing here:
+            # FFmpeg stamps files of a single page a block late, and cuts their end by as much. So it cuts nothing:
             # the first block is a lead-in, the second begins the sound, and the last granule ends it.
             stream.codec_context.flags2 |= av.codec.context.Flags2.skip_manual
             self._first = stream.start_time

@@ -78,7 +78,7 @@ def test_the_model_loads_and_captions(finished, capsys):
     assert cli.main(["caption", *videos, "--with-video", "--model", f"{config.output}/model"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 4
     for sound, video in zip(sounds, videos, strict=True):  # they begin and end together, whatever AAC puts before it
-        plain, coded = (cli.load_audio(file)[0][0] for file in (sound, video))
+        plain, coded = (cli.read_audio(file)[0] for file in (sound, video))
         assert plain.shape == coded.shape and np.corrcoef(plain, coded)[0, 1] > 0.9
 
 

@@ -213,7 +213,7 @@ def test_silence_is_kaldis_floor(extractor):
         (
             [np.zeros(800, np.float32), np.array([0.0, np.nan] * 400)],
             RATE,
-            "Clip 1: .*400 samples are NaN or infinite",
+            "Clip 1: .*400 samples are NaN",
         ),
         (np.full(800, np.inf, np.float32), RATE, "800 samples are NaN or infinite, the first is number 0"),
         (np.zeros((2, 3, 800), np.float32), RATE, r"shape \(2, 3, 800\)"),
