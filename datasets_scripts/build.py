@@ -25,11 +25,14 @@ BUILDERS = (
     "audioset",
     "audiotxt",
     "av_folder",
+    "cav_mae",
     "clotho",
     "csv_table",
     "esc50",
+    "llava_chat",
     "urbansound8k",
     "vggsound",
+    "vipant_index",
 )
 
 

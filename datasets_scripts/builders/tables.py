@@ -151,6 +151,7 @@ def assemble(
     split: str,
     media: str | Path,
     may_be_missing: bool = False,
+    needed: str = "audio",
 ) -> datasets.Dataset:
     """Makes a data set from rows.
 
@@ -162,6 +163,7 @@ def assemble(
         media: folder of the files; or a folder of shards written by `prepare`, whose sounds and frames are taken
             for the rows with the same ids.
         may_be_missing: whether clips without a file are left out, with a warning that counts them.
+        needed: what a row must have; None stands for a file that is not there.
 
     Raises:
         FileNotFoundError: if a file is missing, or all are.
@@ -180,10 +182,11 @@ def assemble(
         nonlocal listed
         for row in rows:
             listed += 1
-            if row["audio"] is None:
+            if row[needed] is None:
                 missing.append(row["id"])
             else:
-                yield {**row, "audio": {"bytes": None, "path": row["audio"]}}
+                audio = None if row["audio"] is None else {"bytes": None, "path": row["audio"]}
+                yield {**row, "audio": audio}
 
     if is_prepared(media):
         table = {row["id"]: row for row in rows}
@@ -200,9 +203,10 @@ def assemble(
             pa.concat_tables(tables) if tables else schema.empty_table(), info=info, split=split
         )
     if missing and not (may_be_missing and len(dataset)):
+        lists = f"; `python -m datasets_scripts.check {card.name} DIR` lists them" if card.sizes else ""
         raise FileNotFoundError(
-            f"{len(missing)} of {listed} clips of {card.name} ({split}) are not in {media}, first {missing[0]!r}; "
-            f"`python -m datasets_scripts.check {card.name} DIR` lists them"
+            f"{len(missing)} of {listed} clips of {card.name} ({split}) are not in {media}, "
+            f"first {missing[0]!r}{lists}"
         )
     if missing:
         logger.warning("%s (%s): %d of %d listed clips are not in %s", card.name, split, len(missing), listed, media)
@@ -230,6 +234,25 @@ def find_segment(media: str | Path, youtube_id: str, start: float, end: float | 
     """The path of the file of a YouTube segment in a folder, or None."""
     path = find_media(media, youtube_id, start, end, MEDIA_EXTENSIONS)
     return None if path is None else str(path)
+
+
+def find_moved(path: str, folder: str | Path | None) -> str | None:
+    """Finds a file under the path that a list gives, or where it was moved to.
+
+    Args:
+        path (`str`):
+            In the list, of any machine.
+        folder (`str` or `Path`, *optional*):
+            Where to look for it: by the longest end of its path that is there.
+
+    Returns:
+        `str` or `None`: its path, None if it is not there.
+    """
+    if folder is None:
+        return existing(Path(path))
+    parts = Path(path).parts
+    ends = (Path(folder, *parts[first:]) for first in range(1 if Path(path).is_absolute() else 0, len(parts)))
+    return next((str(end) for end in ends if end.is_file()), None)
 
 
 def existing(path: Path) -> str | None:
