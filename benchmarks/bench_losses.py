@@ -79,7 +79,6 @@ def variants():
         "loop ot.dist + ot.emd2": loop_exact,
         "exact": optimal_transport,
         "sinkhorn": lambda a, i: optimal_transport(a, i, solver="sinkhorn"),
-        "sinkhorn, debiased": lambda a, i: optimal_transport(a, i, solver="sinkhorn", debias=True),
         "unbalanced": lambda a, i: optimal_transport(a, i, solver="unbalanced"),
         "attentive (exact)": attentive,
         "loop mmd, five exp": loop_mmd,

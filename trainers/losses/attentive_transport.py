@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,9 @@ def _attend(
 ) -> Tensor:
     if attention is None:
         return F.scaled_dot_product_attention(query, key, value, None if mask is None else mask[:, None, :])
-    return attention(query, key, value, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
+    attended: Tensor
+    attended, _ = attention(query, key, value, None if mask is None else ~mask, need_weights=False)
+    return attended
 
 
 def attentive_transport(
@@ -108,7 +110,7 @@ def attentive_transport(
     image_mask: Tensor | None = None,
     pair_confidence: Tensor | None = None,
     return_plan: bool = False,
-    **solver_options,
+    **solver_options: Any,
 ) -> Tensor | Transport:
     r"""OT(alpha, beta) - lambda (H(alpha) + H(beta)): transport between learned weights, kept from collapsing.
 

@@ -47,7 +47,7 @@ def barlow_twins(
 def _global_batch(embeds: torch.Tensor) -> torch.Tensor:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return embeds
-    return torch.cat(all_gather(embeds))
+    return torch.cat(all_gather(embeds))  # type: ignore[no-untyped-call]
 
 
 def _standardise(embeds: torch.Tensor) -> torch.Tensor:

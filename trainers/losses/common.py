@@ -1,6 +1,6 @@
 """What every loss on token sets shares: checks of the input, full precision, a common origin, and work in chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -225,6 +225,19 @@ def chunks(batch: int, elements_per_pair: int, device: torch.device) -> Iterator
         yield slice(start, min(start + size, batch))
 
 
+def rows_of(mask: Tensor | None, pairs: slice) -> Tensor | None:
+    """The part of a mask that belongs to some pairs.
+
+    Args:
+        mask: `[B, n]` bool or None.
+        pairs: A slice of the batch.
+
+    Returns:
+        `[c, n]`, or None without a mask.
+    """
+    return None if mask is None else mask[pairs]
+
+
 def joint_tokens(
     audio: Tensor, image: Tensor, audio_mask: Tensor | None, image_mask: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -293,3 +306,20 @@ def centre_potentials(potential: Tensor, mask: Tensor | None) -> None:
         potential *= mask
         potential -= potential.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         potential *= mask
+
+
+def scale_gradients(
+    grads: Sequence[Tensor | None], grad_loss: Tensor, dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor | None]:
+    """Token gradients of losses that the forward pass has differentiated already.
+
+    Args:
+        grads: `[B, n, d]` each, for a unit loss; None where none is needed.
+        grad_loss: `[B]`, the gradient with respect to the losses.
+        dtypes: Of the tokens.
+
+    Yields:
+        The gradients, in the types of the tokens.
+    """
+    for grad, dtype in zip(grads, dtypes, strict=True):
+        yield None if grad is None else (grad * grad_loss[:, None, None]).to(dtype)

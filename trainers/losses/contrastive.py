@@ -1,6 +1,6 @@
 """Symmetric InfoNCE over the global batch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -98,12 +98,13 @@ def _gather(embeds: Tensor) -> tuple[Tensor, int]:
         raise ValueError(
             f"processes hold batches of {sizes} pairs: a mean over processes needs equal ones (drop_last=True)"
         )
-    return _AllGather.apply(embeds), dist.get_rank() * len(embeds)
+    gathered: Tensor = _AllGather.apply(embeds)  # type: ignore[no-untyped-call]
+    return gathered, dist.get_rank() * len(embeds)
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, local):
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local.contiguous())
         ctx.rows = slice(dist.get_rank() * len(local), (dist.get_rank() + 1) * len(local))
@@ -111,7 +112,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)  # every process's loss pulls at these rows
         return grad[ctx.rows]

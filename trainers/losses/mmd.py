@@ -1,10 +1,22 @@
 """Maximum mean discrepancy between the audio and image tokens of each clip."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import Checks, chunks, compute_dtype, full_precision, joint_tokens, prepare_confidence, prepare_tokens
+from .common import (
+    Checks,
+    chunks,
+    compute_dtype,
+    full_precision,
+    joint_tokens,
+    prepare_confidence,
+    prepare_tokens,
+    rows_of,
+    scale_gradients,
+)
 
 TILE = 128  # rows of the kernel matrix worked on at a time: a tile and its powers stay in a core's cache
 
@@ -49,13 +61,15 @@ def mmd(
     audio_tokens, image_tokens = prepare_tokens(checks, audio_tokens, image_tokens, audio_mask, image_mask)
     pair_confidence = prepare_confidence(checks, pair_confidence, len(audio_tokens))
     checks.raise_if_any()
-    loss = _MMD.apply(audio_tokens, image_tokens, audio_mask, image_mask)
+    loss: Tensor = _MMD.apply(audio_tokens, image_tokens, audio_mask, image_mask)  # type: ignore[no-untyped-call]
     return loss if pair_confidence is None else loss * pair_confidence
 
 
 class _MMD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, audio, image, audio_mask, image_mask):
+    def forward(
+        ctx: Any, audio: Tensor, image: Tensor, audio_mask: Tensor | None, image_mask: Tensor | None
+    ) -> Tensor:
         (batch, n, _), m = audio.shape, image.shape[1]
         dtype = compute_dtype(audio, image)
         needs_audio, needs_image = ctx.needs_input_grad[:2]
@@ -66,12 +80,12 @@ class _MMD(torch.autograd.Function):
         grad_image = torch.empty_like(image, dtype=dtype) if needs_image else None
         with full_precision(audio.device.type):
             for pairs in chunks(batch, (n + m) ** 2, audio.device):
-                masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
+                masks = rows_of(audio_mask, pairs), rows_of(image_mask, pairs)
                 joint, real = joint_tokens(audio[pairs], image[pairs], *masks, dtype=dtype)
                 loss[pairs], grad = _signed_kernel_sum(joint, real, n, grad_rows)
-                if needs_audio:
+                if grad_audio is not None:
                     grad_audio[pairs] = grad[:, :n]
-                if needs_image:
+                if grad_image is not None:
                     grad_image[pairs] = grad[:, n:]
         ctx.save_for_backward(grad_audio, grad_image)
         ctx.dtypes = audio.dtype, image.dtype
@@ -79,12 +93,8 @@ class _MMD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
-        grads = (
-            None if grad is None else (grad * grad_loss[:, None, None]).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *scale_gradients(ctx.saved_tensors, grad_loss, ctx.dtypes), None, None
 
 
 def _signed_kernel_sum(z: Tensor, real: Tensor, n: int, grad_rows: int) -> tuple[Tensor, Tensor]:

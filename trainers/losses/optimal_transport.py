@@ -1,12 +1,12 @@
 """Optimal transport between the audio and image tokens of each clip: exact, entropic, or with relaxed marginals."""
 
 import os
+import warnings
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import ot
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,11 +21,12 @@ from .common import (
     prepare_confidence,
     prepare_tokens,
     prepare_weights,
+    rows_of,
+    scale_gradients,
     squared_distances,
 )
+from .exact_solver import Estimate, Floats, Solution, entropic_potentials, solve_exactly
 from .sinkhorn import SinkhornSettings, entropic_transport
-
-MAX_PIVOTS = 10_000_000  # of the network simplex; 512 x 576 tokens take some 10^4
 
 
 class Transport(NamedTuple):
@@ -56,18 +57,14 @@ def optimal_transport(
     pair_confidence: Tensor | None = None,
     epsilon: float = 5e-4,
     marginal_penalty: float = 1.0,
-    debias: bool = False,
-    epsilon_scaling: bool = True,
-    tolerance: float = 1e-3,
-    max_iterations: int = 500,
     return_plan: bool = False,
 ) -> Tensor | Transport:
     r"""Cost of moving the audio tokens onto the image tokens, with squared Euclidean distances.
 
     Solvers:
-        - `exact`: the earth mover's distance, by POT's network simplex on as many threads as there are cores.
-          Value and token gradients are summed over the plan's support (at most n + m - 1 entries) from
-          differences of tokens, so nothing cancels: equal sets give exactly 0.
+        - `exact`: the earth mover's distance, proven optimal pair by pair on as many threads as there are cores (see
+          `exact_solver`). Value and token gradients are summed over the plan's support (at most n + m - 1 entries)
+          from differences of tokens, so nothing cancels: equal sets give exactly 0.
         - `sinkhorn`: entropic plans of the whole batch on the tokens' device. The loss is the transport cost
           <P, C> of the plan, rounded to its marginals, without the entropic term.
         - `unbalanced`: entropic plans whose marginals may differ from the weights, for clips whose picture shows what
@@ -88,10 +85,6 @@ def optimal_transport(
         pair_confidence: `[B]`, not negative: a factor for each pair's loss.
         epsilon: Entropic regularisation of `sinkhorn` and `unbalanced`, relative to the pair's mean cost.
         marginal_penalty: rho of `unbalanced`, relative to the pair's mean cost. Infinity would be `sinkhorn`.
-        debias: For `sinkhorn`, subtract half the entropic cost of each set to itself, so that equal sets give 0.
-        epsilon_scaling: Come down to epsilon in stages. Turning it off pays only for an epsilon above 0.05.
-        tolerance: L1 marginal error at which `sinkhorn` and `unbalanced` stop.
-        max_iterations: At most so many iterations at the final epsilon; a warning tells when they did not suffice.
         return_plan: Return the plan and its marginal error too.
 
     Returns:
@@ -106,8 +99,6 @@ def optimal_transport(
     """
     if solver not in ("exact", "sinkhorn", "unbalanced"):
         raise ValueError(f"solver is {solver!r}: choose 'exact', 'sinkhorn' or 'unbalanced'")
-    if debias and solver != "sinkhorn":
-        raise ValueError(f"debias removes the entropic bias of solver='sinkhorn'; it has no meaning for {solver!r}")
     if epsilon <= 0 or marginal_penalty <= 0:
         raise ValueError(f"epsilon ({epsilon}) and marginal_penalty ({marginal_penalty}) must be positive")
     checks = Checks()
@@ -119,15 +110,12 @@ def optimal_transport(
     checks.raise_if_any()
 
     if solver == "exact":
-        loss, plan, error = _ExactTransport.apply(audio, image, a, b, audio_mask, image_mask, return_plan)
+        loss, plan, error = _ExactTransport.apply(  # type: ignore[no-untyped-call]
+            audio, image, a, b, audio_mask, image_mask, return_plan
+        )
     else:
-        penalty = marginal_penalty if solver == "unbalanced" else None
-        settings = SinkhornSettings(epsilon, penalty, epsilon_scaling, tolerance, max_iterations)
-        loss, plan, error, scale = entropic_transport(audio, image, a, b, audio_mask, image_mask, settings)
-        if debias:
-            for tokens, weights, mask in ((audio, a, audio_mask), (image, b, image_mask)):
-                own, *_ = entropic_transport(tokens, tokens, weights, weights, mask, mask, settings, scale)
-                loss = loss - own / 2
+        settings = SinkhornSettings(epsilon, marginal_penalty if solver == "unbalanced" else None)
+        loss, plan, error = entropic_transport(audio, image, a, b, audio_mask, image_mask, settings)
     if pair_confidence is not None:
         loss = loss * pair_confidence
     return Transport(loss, plan, error) if return_plan else loss
@@ -135,103 +123,101 @@ def optimal_transport(
 
 class _ExactTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, audio, image, audio_weights, image_weights, audio_mask, image_mask, return_plan):
-        (batch, n, width), m = audio.shape, image.shape[1]
+    def forward(
+        ctx: Any,
+        audio: Tensor,
+        image: Tensor,
+        audio_weights: Tensor,
+        image_weights: Tensor,
+        audio_mask: Tensor | None,
+        image_mask: Tensor | None,
+        return_plan: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (batch, n, _), m = audio.shape, image.shape[1]
         dtype = audio_weights.dtype
-        loss = audio.new_empty(batch, dtype=dtype)
-        error = audio.new_empty(batch, dtype=dtype)
+        loss, error = audio.new_empty(2, batch, dtype=dtype)
         plan = audio.new_zeros((batch, n, m) if return_plan else (0,), dtype=dtype)
         potentials = torch.zeros_like(audio_weights), torch.zeros_like(image_weights)
-        a, b = (weights.detach().double().cpu().numpy() for weights in (audio_weights, image_weights))
-        supports = []  # of each pair's plan: rows, columns, mass
-        workers = _own_cores()
-        waiting: deque[Future] = deque()
-
-        def collect() -> None:
-            k = len(supports)
-            *arrays, error[k] = waiting.popleft().result()
-            rows, columns, mass, u, v = (torch.from_numpy(array).to(audio.device) for array in arrays)
-            mass = mass.to(dtype)
-            loss[k] = torch.dot(
-                mass, torch.linalg.vector_norm(_differences(audio, image, k, rows, columns), dim=1) ** 2
+        # Gradients for a unit loss: the backward pass only scales them.
+        grads = [
+            torch.zeros_like(tokens, dtype=dtype) if needed else None
+            for tokens, needed in zip((audio, image), ctx.needs_input_grad[:2], strict=True)
+        ]
+        failures = 0
+        with full_precision(audio.device.type):
+            problems = _problems(audio, image, audio_weights, image_weights, audio_mask, image_mask)
+            for k, solution in enumerate(_solve_in_threads(problems)):
+                rows, columns, mass, u, v = (torch.from_numpy(array).to(audio.device) for array in solution[:5])
+                mass = mass.to(dtype)
+                moves = audio[k].index_select(0, rows).to(dtype).sub_(image[k].index_select(0, columns))
+                loss[k] = torch.dot(mass, torch.linalg.vector_norm(moves, dim=1).square())
+                moves *= 2 * mass[:, None]
+                for grad, index, sign in ((grads[0], rows, 1), (grads[1], columns, -1)):
+                    if grad is not None:
+                        grad[k].index_add_(0, index, moves, alpha=sign)
+                if return_plan:
+                    plan[k, rows, columns] = mass
+                potentials[0][k], potentials[1][k] = u, v
+                error[k] = solution.marginal_error
+                failures += solution.shortlist_failed
+        if failures:
+            warnings.warn(
+                f"{failures} of {batch} pairs needed the network simplex on all arcs, because no shortlist led to a "
+                "proof of optimality: their results are exact too, but took longer",
+                stacklevel=3,
             )
-            if return_plan:
-                plan[k, rows, columns] = mass
-            potentials[0][k], potentials[1][k] = u, v
-            supports.append((rows, columns, mass))
-
-        with full_precision(audio.device.type), ThreadPoolExecutor(workers) as pool:
-            for pairs in chunks(batch, max(n * m, (n + m) * width), audio.device):
-                masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
-                joint, _ = joint_tokens(audio[pairs], image[pairs], *masks, dtype=dtype)
-                cost = squared_distances(joint[:, :n], joint[:, n:]).cpu().numpy()
-                del joint
-                for k in range(len(cost)):
-                    waiting.append(pool.submit(_network_simplex, a[pairs][k], b[pairs][k], cost[k]))
-                    while len(waiting) > workers:  # costs that wait take memory
-                        collect()
-            while waiting:
-                collect()
         for potential, mask in zip(potentials, (audio_mask, image_mask), strict=True):
             centre_potentials(potential, mask)
-        ctx.save_for_backward(audio, image, *potentials, *(part for support in supports for part in support))
+        ctx.save_for_backward(*grads, *potentials)
+        ctx.dtypes = audio.dtype, image.dtype
         ctx.mark_non_differentiable(plan, error)
         return loss, plan, error
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
-        audio, image, *potentials = ctx.saved_tensors[:4]
-        supports = ctx.saved_tensors[4:]
-        grads = [
-            torch.zeros_like(tokens, dtype=grad_loss.dtype) if needed else None
-            for tokens, needed in zip((audio, image), ctx.needs_input_grad[:2], strict=True)
-        ]
-        for k, (rows, columns, mass) in enumerate(zip(supports[::3], supports[1::3], supports[2::3], strict=True)):
-            force = _differences(audio, image, k, rows, columns).mul_((2 * grad_loss[k] * mass)[:, None])
-            for grad, index, sign in ((grads[0], rows, 1), (grads[1], columns, -1)):
-                if grad is not None:
-                    grad[k].index_add_(0, index, force, alpha=sign)
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, audio_potentials, image_potentials = ctx.saved_tensors
         weight_grads = (
-            potential * grad_loss[:, None] if needed else None
-            for potential, needed in zip(potentials, ctx.needs_input_grad[2:4], strict=True)
+            potentials * grad_loss[:, None] if needed else None
+            for potentials, needed in zip((audio_potentials, image_potentials), ctx.needs_input_grad[2:4], strict=True)
         )
-        token_grads = (
-            None if grad is None else grad.to(tokens.dtype) for grad, tokens in zip(grads, (audio, image), strict=True)
-        )
-        return *token_grads, *weight_grads, None, None, None
+        return *scale_gradients(grads, grad_loss, ctx.dtypes), *weight_grads, None, None, None
 
 
-def _differences(audio: Tensor, image: Tensor, k: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """x_i - y_j of pair k over the support of its plan, [support, d]."""
-    dtype = compute_dtype(audio, image)
-    return audio[k].index_select(0, rows).to(dtype).sub_(image[k].index_select(0, columns))
+def _problems(
+    audio: Tensor,
+    image: Tensor,
+    audio_weights: Tensor,
+    image_weights: Tensor,
+    audio_mask: Tensor | None,
+    image_mask: Tensor | None,
+) -> Iterator[tuple[Floats, Floats, Floats, Estimate | None]]:
+    """Arguments of `solve_exactly`, pair by pair; costs and first potentials are computed on the tokens' device."""
+    (batch, n, width), m = audio.shape, image.shape[1]
+    a64, b64 = (weights.detach().double().cpu().numpy() for weights in (audio_weights, image_weights))
+    for pairs in chunks(batch, max(n * m, (n + m) * width), audio.device):
+        masks = rows_of(audio_mask, pairs), rows_of(image_mask, pairs)
+        joint, _ = joint_tokens(audio[pairs], image[pairs], *masks, dtype=audio_weights.dtype)
+        cost = squared_distances(joint[:, :n], joint[:, n:])
+        del joint
+        estimates = entropic_potentials(cost, audio_weights[pairs], image_weights[pairs])
+        yield from zip(a64[pairs], b64[pairs], cost.cpu().numpy(), estimates, strict=True)
+
+
+def _solve_in_threads(problems: Iterable[tuple[Floats, Floats, Floats, Estimate | None]]) -> Iterator[Solution]:
+    """Solutions in the order of the problems, which are drawn while the ones before are being solved."""
+    workers = _own_cores()
+    waiting: deque[Future[Solution]] = deque()
+    with ThreadPoolExecutor(workers) as pool:  # POT lets the interpreter go while it solves
+        for problem in problems:
+            waiting.append(pool.submit(solve_exactly, *problem))
+            if len(waiting) > workers:  # costs that wait take memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _own_cores() -> int:
     """Cores this process may use: all it is bound to, shared with the other processes that torchrun started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _network_simplex(a: np.ndarray, b: np.ndarray, cost: np.ndarray) -> tuple:
-    """Optimal plan of one pair: its support (rows, columns, mass), both dual potentials, the L1 marginal error."""
-    rows, columns = a.nonzero()[0], b.nonzero()[0]
-    mass_a, mass_b = a[rows], b[columns]
-    active = cost if len(rows) == len(a) and len(columns) == len(b) else cost[np.ix_(rows, columns)]
-    # POT lets the interpreter go while it solves, so threads do run side by side.
-    plan, log = ot.emd(mass_a, mass_b, active, numItermax=MAX_PIVOTS, log=True, check_marginals=False)
-    if log["warning"] is not None:
-        raise RuntimeError(f"the network simplex failed on a {active.shape} cost matrix: {log['warning']}")
-    error = np.abs(plan.sum(1) - mass_a).sum() + np.abs(plan.sum(0) - mass_b).sum()
-    # Tokens without weight: the largest feasible potential is the cost of the first mass they would get.
-    u, v = np.empty_like(a), np.empty_like(b)
-    u[rows], v[columns] = log["u"], log["v"]
-    if len(rows) < len(a):
-        idle = a == 0
-        u[idle] = (cost[np.ix_(idle, columns)] - log["v"]).min(1)
-    if len(columns) < len(b):
-        idle = b == 0
-        v[idle] = (cost[np.ix_(rows, idle)] - log["u"][:, None]).min(0)
-    i, j = plan.nonzero()
-    return rows[i], columns[j], plan[i, j], u, v, error

@@ -6,13 +6,13 @@ Written by hand because at 512 x 576 tokens of width 1024, epsilon 5e-4 and one 
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import centre_potentials, chunks, full_precision, joint_tokens, squared_distances
+from .common import centre_potentials, chunks, full_precision, joint_tokens, rows_of, squared_distances
 
 FIRST_STAGE, STAGE_RATIO = 0.25, 0.25  # epsilon scaling: where it starts, and from one stage to the next
 STAGE_TOLERANCE, STAGE_ITERATIONS = 0.01, 200  # a stage only prepares the next one
@@ -29,16 +29,14 @@ class SinkhornSettings(NamedTuple):
         epsilon: Entropic regularisation, relative to each pair's mean cost.
         marginal_penalty: Factor of the KL divergence of the marginals, relative to the mean cost; None for balanced
             transport.
-        epsilon_scaling: Whether to come down to epsilon from a quarter of the mean cost in stages.
         tolerance: Residual (see `_Scalings`) at which to stop.
         max_iterations: Iterations at the final epsilon.
     """
 
     epsilon: float
     marginal_penalty: float | None
-    epsilon_scaling: bool
-    tolerance: float
-    max_iterations: int
+    tolerance: float = 1e-3
+    max_iterations: int = 500
 
 
 def entropic_transport(
@@ -49,8 +47,7 @@ def entropic_transport(
     audio_mask: Tensor | None,
     image_mask: Tensor | None,
     settings: SinkhornSettings,
-    cost_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Transport cost under the entropic plan, for inputs that `optimal_transport` has checked.
 
     The gradient is that of the regularised problem by the envelope theorem: the plan is held fixed and nothing is
@@ -64,43 +61,51 @@ def entropic_transport(
         audio_mask: `[B, n]` bool or None.
         image_mask: `[B, m]` bool or None.
         settings: How to solve.
-        cost_scale: `[B]`, what epsilon and penalty are relative to; None for each pair's mean cost.
 
     Returns:
-        Losses `[B]`, plans `[B, n, m]`, marginal errors `[B]` (L1 over both marginals, before a balanced plan is
-        rounded to the marginals) and the cost scale `[B]`. Only the losses carry gradients.
+        Losses `[B]`, plans `[B, n, m]` and marginal errors `[B]` (L1 over both marginals, before a balanced plan is
+        rounded to the marginals). Only the losses carry gradients.
     """
-    loss, plan, error, scale, residual = _EntropicTransport.apply(
-        audio, image, audio_weights, image_weights, audio_mask, image_mask, settings, cost_scale
+    loss, plan, error, residual = _EntropicTransport.apply(  # type: ignore[no-untyped-call]
+        audio, image, audio_weights, image_weights, audio_mask, image_mask, settings
     )
     worst = float(residual.max()) if len(residual) else 0.0
     if worst > settings.tolerance:
         warnings.warn(
             f"Sinkhorn stopped after {settings.max_iterations} iterations with residual {worst:.2g} > tolerance "
-            f"{settings.tolerance:.2g}; the plan is usable but further from optimal: raise epsilon or max_iterations, "
-            "or use solver='exact'",
+            f"{settings.tolerance:.2g}; the plan is usable but further from optimal: raise epsilon or use "
+            "solver='exact'",
             stacklevel=3,
         )
-    return loss, plan, error, scale
+    return loss, plan, error
 
 
 class _EntropicTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, audio, image, audio_weights, image_weights, audio_mask, image_mask, settings, cost_scale):
+    def forward(
+        ctx: Any,
+        audio: Tensor,
+        image: Tensor,
+        audio_weights: Tensor,
+        image_weights: Tensor,
+        audio_mask: Tensor | None,
+        image_mask: Tensor | None,
+        settings: SinkhornSettings,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (batch, n, _), m = audio.shape, image.shape[1]
         dtype = audio_weights.dtype
         plan = audio.new_empty(batch, n, m, dtype=dtype)
-        loss, error, scale, residual = audio.new_empty(4, batch, dtype=dtype)
+        loss, error, residual = audio.new_empty(3, batch, dtype=dtype)
         potentials = [torch.zeros_like(audio_weights), torch.zeros_like(image_weights)]
         with full_precision(audio.device.type):
             for pairs in chunks(batch, n * m, audio.device):
-                masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
+                masks = rows_of(audio_mask, pairs), rows_of(image_mask, pairs)
                 a, b = audio_weights[pairs], image_weights[pairs]
                 joint, real = joint_tokens(audio[pairs], image[pairs], *masks, dtype=dtype)
                 cost = squared_distances(joint[:, :n], joint[:, n:])
                 del joint
-                scale[pairs] = _mean_cost(cost, real[:, :n], real[:, n:]) if cost_scale is None else cost_scale[pairs]
-                unit = torch.where(scale[pairs] > 0, scale[pairs], 1)  # all tokens equal: every plan is optimal
+                scale = _mean_cost(cost, real[:, :n], real[:, n:])
+                unit = torch.where(scale > 0, scale, 1)  # all tokens equal: every plan is optimal
                 solver = _Scalings(cost, a, b, unit, settings.marginal_penalty)
                 residual[pairs] = _solve(solver, settings)
                 solver.plan(out=plan[pairs])
@@ -119,12 +124,12 @@ class _EntropicTransport(torch.autograd.Function):
         for potential, mask in zip(potentials, (audio_mask, image_mask), strict=True):
             centre_potentials(potential, mask)
         ctx.save_for_backward(audio, image, audio_mask, image_mask, plan, *potentials)
-        ctx.mark_non_differentiable(plan, error, scale, residual)
-        return loss, plan, error, scale, residual
+        ctx.mark_non_differentiable(plan, error, residual)
+        return loss, plan, error, residual
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         audio, image, audio_mask, image_mask, plan, *potentials = ctx.saved_tensors
         n = audio.shape[1]
         grads = [
@@ -133,8 +138,8 @@ class _EntropicTransport(torch.autograd.Function):
         ]
         with full_precision(audio.device.type):
             for pairs in chunks(len(audio), max(plan[0].numel(), (n + image.shape[1]) * audio.shape[2]), audio.device):
-                masks = (None if mask is None else mask[pairs] for mask in (audio_mask, image_mask))
-                joint, _ = joint_tokens(audio[pairs], image[pairs], *masks, dtype=plan.dtype)
+                masks = rows_of(audio_mask, pairs), rows_of(image_mask, pairs)
+                joint = joint_tokens(audio[pairs], image[pairs], *masks, dtype=plan.dtype)[0]
                 x, y = joint[:, :n], joint[:, n:]
                 factor = 2 * grad_loss[pairs, None, None]
                 for grad, p, own, other in (
@@ -147,7 +152,7 @@ class _EntropicTransport(torch.autograd.Function):
             potential * grad_loss[:, None] if needed else None
             for potential, needed in zip(potentials, ctx.needs_input_grad[2:4], strict=True)
         )
-        return *grads, *weight_grads, None, None, None, None
+        return *grads, *weight_grads, None, None, None
 
 
 def _mean_cost(cost: Tensor, real_audio: Tensor, real_image: Tensor) -> Tensor:
@@ -157,7 +162,8 @@ def _mean_cost(cost: Tensor, real_audio: Tensor, real_image: Tensor) -> Tensor:
 
 def _kl(mass: Tensor, weights: Tensor) -> Tensor:
     """Generalised KL divergence [c] of two measures [c, n]."""
-    return (torch.special.xlogy(mass, mass / weights.clamp(min=1e-30)) - mass + weights).sum(1)
+    divergence: Tensor = torch.special.xlogy(mass, mass / weights.clamp(min=1e-30)) - mass + weights
+    return divergence.sum(1)
 
 
 def _round_to_marginals(plan: Tensor, a: Tensor, b: Tensor) -> None:
@@ -174,7 +180,7 @@ def _round_to_marginals(plan: Tensor, a: Tensor, b: Tensor) -> None:
 def _solve(solver: "_Scalings", settings: SinkhornSettings) -> Tensor:
     """Iterate to the tolerance; returns the residual [c]."""
     stages = [settings.epsilon]
-    while settings.epsilon_scaling and stages[0] < FIRST_STAGE:
+    while stages[0] < FIRST_STAGE:
         stages.insert(0, min(stages[0] / STAGE_RATIO, FIRST_STAGE))
     for stage, epsilon in enumerate(stages, start=1):
         tolerance, iterations = STAGE_TOLERANCE, STAGE_ITERATIONS
@@ -211,7 +217,7 @@ class _Scalings:
     for over-relaxation; Chizat et al. (arXiv 1607.05816) for KL marginals.
     """
 
-    def __init__(self, cost: Tensor, a: Tensor, b: Tensor, unit: Tensor, marginal_penalty: float | None):
+    def __init__(self, cost: Tensor, a: Tensor, b: Tensor, unit: Tensor, marginal_penalty: float | None) -> None:
         self.cost, self.a, self.b, self.unit = cost, a, b, unit
         self.tiny = torch.finfo(cost.dtype).tiny
         self.support_a, self.support_b = (a > 0).to(a.dtype), (b > 0).to(b.dtype)
@@ -245,7 +251,17 @@ class _Scalings:
             self.v, self.kernel_t, self.log_u, self.log_a, self.a, self.support_a, self.f, relaxation
         )
 
-    def _step(self, scaling, kernel, log_scaling, log_weights, weights, support, potential, relaxation):
+    def _step(
+        self,
+        scaling: Tensor,
+        kernel: Tensor,
+        log_scaling: Tensor,
+        log_weights: Tensor,
+        weights: Tensor,
+        support: Tensor,
+        potential: Tensor,
+        relaxation: float,
+    ) -> tuple[Tensor, Tensor]:
         # A row vector times the matrix: the other way round MKL's batched product is ten times slower.
         reached = torch.bmm(scaling[:, None], kernel)[:, 0].clamp_(min=self.tiny).log_()
         target = log_weights - self.damping * reached

@@ -8,7 +8,6 @@ TOKEN_LOSSES = {
     "mmd": mmd,
     "exact": optimal_transport,
     "sinkhorn": lambda a, i, **kw: optimal_transport(a, i, solver="sinkhorn", **kw),
-    "debiased": lambda a, i, **kw: optimal_transport(a, i, solver="sinkhorn", debias=True, **kw),
     "unbalanced": lambda a, i, **kw: optimal_transport(a, i, solver="unbalanced", **kw),
     "attentive": lambda a, i, **kw: attentive_transport(a, i, None, None, 10.0, **kw),
 }

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainers.losses.common import make_tokens, make_weights, relative
-from trainers.losses import Transport, optimal_transport
+from trainers.losses import Transport, exact_solver, optimal_transport
 
 
 def reference(audio, image, a, b):
@@ -120,9 +120,7 @@ def test_near_sets_far_from_the_origin_keep_their_digits():
 
 
 def test_a_failed_simplex_is_an_error(monkeypatch):
-    import importlib
-
-    monkeypatch.setattr(importlib.import_module("trainers.losses.optimal_transport"), "MAX_PIVOTS", 1)
+    monkeypatch.setattr(exact_solver, "MAX_PIVOTS", 1)
     with pytest.raises(RuntimeError, match="network simplex failed on a"), pytest.warns(UserWarning):
         optimal_transport(*make_tokens(1, 30, 30, 4))
 
@@ -131,3 +129,40 @@ def test_losses_import_no_model():
     code = "import sys, trainers.losses; print('transformers' in sys.modules or 'modeling_dali' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("tokens", ["normal", "clusters", "duplicates"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_shortlists_give_what_the_simplex_on_all_arcs_gives(tokens, masked, monkeypatch):
+    """Values, gradients and dual potentials; weights are such that the optimum is one."""
+    audio, image = make_tokens(2, 200, 190, 8)
+    if tokens == "clusters":
+        audio, image = audio + 5 * audio[:, :4].repeat(1, 50, 1), image + 5 * audio[:, :5].repeat(1, 38, 1)
+    if tokens == "duplicates":
+        audio[:, 50:100] = audio[:, :50]
+    a, b = make_weights(2, 200), make_weights(2, 190, seed=1)
+    masks = {}
+    if masked:
+        masks = {"audio_mask": torch.arange(200) < torch.tensor([[200], [180]]), "image_mask": torch.arange(190) > 2}
+        masks["image_mask"] = masks["image_mask"].expand(2, -1)
+        a, b = a * masks["audio_mask"], b * masks["image_mask"]
+        a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    results = []
+    for min_arcs in (0, 10**9):
+        monkeypatch.setattr(exact_solver, "MIN_ARCS", min_arcs)
+        inputs = [t.detach().double().requires_grad_() for t in (audio, image, a, b)]
+        result = optimal_transport(*inputs, return_plan=True, **masks)
+        results.append((result.loss, result.plan, *torch.autograd.grad(result.loss.sum(), inputs)))
+    for found, expected in zip(*results, strict=True):
+        if tokens == "duplicates" and found.ndim == 3:  # which of two equal tokens goes where is open
+            found, expected = found.sum(1), expected.sum(1)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_shortlists_that_fail_are_counted(monkeypatch):
+    audio, image = make_tokens(3, 190, 200, 4)
+    expected = optimal_transport(audio.double(), image.double())
+    monkeypatch.setattr(exact_solver, "MAX_ROUNDS", 0)
+    with pytest.warns(UserWarning, match="3 of 3 pairs needed the network simplex on all arcs"):
+        value = optimal_transport(audio, image)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
