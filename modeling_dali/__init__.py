@@ -1,4 +1,4 @@
-"""DALI for Hugging Face transformers: a LLaVA captioner that hears."""
+"""DALI for Hugging Face transformers: image captioners that hear."""
 
 __version__ = "0.1.0"
 
@@ -12,25 +12,31 @@ from transformers import (
 )
 
 from .audio_encoder_dali import DaliAudioModel
-from .configuration_dali import DaliAudioConfig, DaliConfig
+from .configuration_dali import DaliAudioConfig, DaliCaptionerConfig, DaliConfig
 from .feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
 from .modeling_dali import DaliForConditionalGeneration, DaliModel
+from .modeling_dali_captioner import DaliForImageTextToText
 from .processing_dali import DaliProcessor
 
 # Where this package is imported the Auto classes know DALI without `trust_remote_code`.
-AutoConfig.register("dali", DaliConfig, exist_ok=True)
-AutoModel.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(DaliConfig, DaliForConditionalGeneration, exist_ok=True)
+for config_class, model_class in {
+    DaliConfig: DaliForConditionalGeneration,
+    DaliCaptionerConfig: DaliForImageTextToText,
+}.items():
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(config_class, model_class, exist_ok=True)
+    AutoFeatureExtractor.register(config_class, KaldiFbankFeatureExtractor, exist_ok=True)
 AutoModel.register(DaliAudioConfig, DaliAudioModel, exist_ok=True)
-AutoFeatureExtractor.register(DaliConfig, KaldiFbankFeatureExtractor, exist_ok=True)
 AutoProcessor.register(DaliConfig, DaliProcessor, exist_ok=True)
 
 __all__ = [
     "DaliAudioConfig",
     "DaliAudioModel",
+    "DaliCaptionerConfig",
     "DaliConfig",
     "DaliForConditionalGeneration",
+    "DaliForImageTextToText",
     "DaliModel",
     "DaliProcessor",
     "KaldiFbankFeatureExtractor",

@@ -1,4 +1,4 @@
-"""Configurations of DALI: the CAV-MAE audio encoder, and a LLaVA configuration with an audio side."""
+"""Configurations of DALI: the CAV-MAE audio encoder, and captioners with an ear, LLaVA or any other."""
 
 from typing import Any, Literal
 
@@ -7,6 +7,7 @@ from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 PrefixPosition = Literal["after_media", "front"]
+AlignmentTarget = Literal["projector_input", "projector_output"]
 
 
 @strict
@@ -98,9 +99,9 @@ def audio_width(audio_config: PreTrainedConfig) -> int:
 
 
 @strict
-class DaliConfig(LlavaConfig):
+class EarConfig(PreTrainedConfig):
     """
-    A LLaVA configuration with an audio encoder beside the image tower.
+    What every captioner with an ear is told about it.
 
     Args:
         audio_config: Configuration of the audio encoder: a `DaliAudioConfig`, or that of another transformers audio
@@ -111,21 +112,11 @@ class DaliConfig(LlavaConfig):
         prefix_length: Number of soft prefix tokens the model holds; 0 for none.
         prefix_position: Where prompts put the prefix: `"after_media"` (right behind the image and audio tokens, as the
             method was published) or `"front"` (before everything else, as PEFT's prompt tuning does).
-        base_model: Folder or Hub id of the LLaVA checkpoint the model was built from.
-
-    All other arguments are those of [`~transformers.LlavaConfig`].
+        base_model: Folder or Hub id of the captioner the model was built from.
+        base_model_revision: Commit of that captioner on the Hub.
+        base_model_fingerprint: Values of the captioner's word embedding and projector, by which an ear knows it again.
+        ear_only: Whether the checkpoint holds the ear alone; the captioner is then loaded from `base_model`.
     """
-
-    model_type = "dali"
-    attribute_map = {
-        "image_token_id": "image_token_index",
-        "audio_token_id": "audio_token_index",
-        "prefix_token_id": "prefix_token_index",
-    }
-    sub_configs_defaults = {
-        **LlavaConfig.sub_configs_defaults,
-        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="dali_audio"),
-    }
 
     audio_config: Any = None  # a configuration or its dictionary
     audio_token_index: int = 32002
@@ -134,17 +125,84 @@ class DaliConfig(LlavaConfig):
     prefix_length: int = 0
     prefix_position: PrefixPosition = "after_media"
     base_model: str | None = None
+    base_model_revision: str | None = None
+    base_model_fingerprint: dict[str, list[float]] | None = None
+    ear_only: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.audio_seq_length is None:
+        if self.audio_seq_length is None and self.audio_config is not None:
             self.audio_seq_length = count_audio_tokens(self.audio_config)
         if self.prefix_length < 0:
             raise ValueError(f"`prefix_length` must not be negative, it is {self.prefix_length}.")
 
 
+AUDIO_SPEC = SubConfigSpec(config_class=AutoConfig, model_type="dali_audio")
+
+
+@strict
+class DaliConfig(EarConfig, LlavaConfig):
+    """
+    A LLaVA configuration with an ear.
+
+    All arguments are those of [`EarConfig`] and [`~transformers.LlavaConfig`].
+    """
+
+    model_type = "dali"
+    attribute_map = {
+        "image_token_id": "image_token_index",
+        "audio_token_id": "audio_token_index",
+        "prefix_token_id": "prefix_token_index",
+    }
+    sub_configs_defaults = {**LlavaConfig.sub_configs_defaults, "audio_config": AUDIO_SPEC}
+
+
+@strict
+class DaliCaptionerConfig(EarConfig):
+    """
+    The configuration of a captioner of any image-text-to-text class, and of its ear.
+
+    Args:
+        captioner_config: Configuration of the captioner; LLaVA's by default.
+        alignment_target: Which image tokens the audio tokens are aligned with: those that the captioner's projector
+            reads (`"projector_input"`; the ear then has a copy of that projector, which must work token by token), or
+            those that the language model reads (`"projector_output"`).
+
+    All other arguments are those of [`EarConfig`].
+    """
+
+    model_type = "dali_captioner"
+    attribute_map = {"audio_token_id": "audio_token_index", "prefix_token_id": "prefix_token_index"}
+    sub_configs_defaults = {
+        "captioner_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
+        "audio_config": AUDIO_SPEC,
+    }
+
+    captioner_config: Any = None  # a configuration or its dictionary
+    alignment_target: AlignmentTarget = "projector_output"
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """That of the captioner."""
+        return self.captioner_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """That of the captioner."""
+        return self.captioner_config.vision_config
+
+
 # `audio_config` is found by its model type, also where this file comes from the Hub.
 AutoConfig.register("dali_audio", DaliAudioConfig, exist_ok=True)
 DaliConfig.register_for_auto_class()
+DaliCaptionerConfig.register_for_auto_class()
 
-__all__ = ["DaliAudioConfig", "DaliConfig", "PrefixPosition", "audio_width", "count_audio_tokens"]
+__all__ = [
+    "AlignmentTarget",
+    "DaliAudioConfig",
+    "DaliCaptionerConfig",
+    "DaliConfig",
+    "EarConfig",
+    "PrefixPosition",
+    "audio_width",
+    "count_audio_tokens",
+]

@@ -10,13 +10,16 @@ CARD = """---
 
 # DALI: {title}
 
-This model writes captions for sound. It is a LLaVA image captioner with an audio encoder whose tokens were aligned
-with the image tokens of video frames, so that the language model can read both; no audio was paired with text
+This model writes captions for sound. It is an image captioner with an audio encoder whose tokens were aligned with the
+image tokens of video frames, so that the language model can read both; no audio was paired with text
 ([*An Eye for an Ear: Zero-shot Audio Description Leveraging an Image Captioner using Audiovisual Distribution
 Alignment*](https://arxiv.org/abs/2410.05997), NeurIPS 2024).
 
+{holds}
+
 | part | value |
 |---|---|
+| captioner | {captioner} |
 | image tower | {vision} |
 | language model | {text} |
 | audio encoder | {audio}, {audio_tokens} tokens per clip |
@@ -49,21 +52,27 @@ Sounds are resampled to the front end's rate. One longer than a clip is split in
 {metrics}
 """
 
+EAR_ALONE = """This checkpoint holds the ear alone: audio encoder, projection, projector and soft prefix. The captioner
+named below is loaded from where it is published, and another one is refused."""
+
 
 def model_card(config, name: str, metrics: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
     """
     Args:
-        config: The model's `DaliConfig`.
+        config: The model's `DaliConfig` or `DaliCaptionerConfig`.
         name: Folder or Hub id that the example loads.
         metrics: Markdown with what was measured.
         tags: For the Hub, beside the card's own.
     """
+    captioner = f"`{config.base_model}`" if config.base_model else "made for this model"
+    if config.base_model_revision:
+        captioner += f" at `{config.base_model_revision}`"
     metadata = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="any-to-any",
         base_model=config.base_model,
-        tags=list(dict.fromkeys(["dali", "audio-captioning", "llava", "custom_code", *tags])),
+        tags=list(dict.fromkeys(["dali", "audio-captioning", "custom_code", *tags])),
     )
     return ModelCard(
         CARD.format(
@@ -71,7 +80,9 @@ def model_card(config, name: str, metrics: str | None = None, tags: Iterable[str
             title=name,
             name=name,
             vision=config.vision_config.model_type,
-            text=config.text_config.model_type,
+            text=config.get_text_config().model_type,
+            holds=EAR_ALONE if config.ear_only else "The captioner is part of this checkpoint.",
+            captioner=captioner,
             audio=config.audio_config.model_type,
             audio_tokens=config.audio_seq_length,
             prefix=f"{config.prefix_length} tokens, {config.prefix_position}" if config.prefix_length else "none",

@@ -37,7 +37,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dali import DaliConfig
-from .ear_dali import DaliMixin, EarMixin, fill_placeholders, require_all_weights
+from .ear_dali import DaliMixin, EarMixin, ear_fields, fill_placeholders, find_ear, require_all_weights
 
 # What the forward passes take beside their named arguments.
 KNOWN_KWARGS = {"use_cache", *TransformersKwargs.__annotations__}
@@ -202,6 +202,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
     config: DaliConfig
     config_class = DaliConfig
     input_modalities = ("image", "audio", "text")
+    ear_key = "model."
 
     def __init__(self, config: DaliConfig):
         LlavaPreTrainedModel.__init__(self, config)  # as in `DaliModel`
@@ -222,6 +223,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         *,
         tokenizer=None,
         audio_config=None,
+        ear: str | os.PathLike | None = None,
         **kwargs,
     ) -> "DaliForConditionalGeneration":
         """
@@ -236,14 +238,17 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             tokenizer: The captioner's tokenizer. `<audio>` and `<prefix>` are added to it (see
                 [`add_media_tokens`]). Without it the placeholders get the two indices behind the vocabulary.
             audio_config: Configuration of a new audio encoder; `DaliAudioConfig()` by default.
+            ear: Folder or Hub id of a trained ear (see [`save_ear`]), in the place of the arguments above.
             kwargs: For `LlavaForConditionalGeneration.from_pretrained`, such as `dtype`.
 
         Returns:
             The model. Its audio projector is a copy of LLaVA's, its audio projection random if not given.
 
         Raises:
-            ValueError: if the LLaVA checkpoint or the audio checkpoint lacks a weight or has one too many.
+            ValueError: if the LLaVA checkpoint or the audio checkpoint lacks a weight or has one too many, or
+                the ear was made for another LLaVA.
         """
+        is_stock = not isinstance(llava, PreTrainedModel)
         if not isinstance(llava, PreTrainedModel):
             path = str(llava)
             llava, info = LlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -253,6 +258,11 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         if isinstance(audio_encoder, PreTrainedModel):
             audio_config = audio_encoder.config
         config = config_from_llava(llava, audio_config)
+        if ear is not None:
+            folder = find_ear(ear)
+            ear_config = cls.config_class.from_pretrained(folder)
+            for name, value in ear_fields(ear_config).items():
+                setattr(config, name, value)
 
         with torch.device("meta"):
             model = cls(config)
@@ -272,9 +282,36 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         model.generation_config = copy.deepcopy(llava.generation_config)
         model.generation_config.max_new_tokens = 64  # as in the released code
         model.tie_weights()
-        if tokenizer is not None:
+        model.name_base(llava, is_stock)
+        if ear is not None:
+            model.load_ear(folder, ear_config)
+            model.tell_apart()
+        elif tokenizer is not None:
             model.add_media_tokens(tokenizer)
         return model.train(llava.training)
+
+    @classmethod
+    def from_base(cls, captioner: "str | os.PathLike | PreTrainedModel", **kwargs) -> "DaliForConditionalGeneration":
+        """[`from_llava`] by the name that it has in every class."""
+        return cls.from_llava(captioner, **kwargs)
+
+    def add_media_tokens(self, tokenizer) -> None:
+        """As [`DaliMixin.add_media_tokens`]; placeholders are told apart by their embeddings too."""
+        super().add_media_tokens(tokenizer)
+        self.tell_apart()
+
+    @torch.no_grad()
+    def tell_apart(self) -> None:
+        """
+        Draws the embedding of a placeholder anew if it equals another one, on every machine the same.
+
+        Where a model gets embeddings only (PEFT's prompt tuning), placeholders are found by them.
+        """
+        weight = self.get_input_embeddings().weight
+        for index in (self.config.audio_token_index, self.config.prefix_token_index):
+            if index < len(weight) and (weight == weight[index]).all(-1).sum() > 1:
+                row = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(index))
+                weight[index] = (row * self.config.text_config.initializer_range).to(weight)
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`DaliModel.get_image_tokens`]."""

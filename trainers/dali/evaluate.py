@@ -51,7 +51,6 @@ class EvaluationConfig:
         synonyms: JSON file: label to the words that name it; scores the column `labels`.
         batch_size: Clips that are captioned at once.
         temperature: Of sampling; 0 takes the most likely word.
-        top_k: Words that sampling draws from, the most likely ones; 0 for all.
         max_new_tokens: Longest caption.
         max_skipped: Tolerated share of clips that cannot be decoded.
         dtype: Of the weights.
@@ -70,7 +69,6 @@ class EvaluationConfig:
     synonyms: str | None = None
     batch_size: int = 32
     temperature: float = 0.0
-    top_k: int = 50
     max_new_tokens: int = 64
     max_skipped: float = 0.0
     dtype: str = "float32"
@@ -117,10 +115,7 @@ def predict(
     )
     require_columns(rows, collator.columns, "evaluation")
     decoding = PseudoCaptionConfig(
-        batch_size=config.batch_size,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size, temperature=config.temperature, max_new_tokens=config.max_new_tokens
     )
     model.eval()
     torch.manual_seed(config.seed)

@@ -60,7 +60,6 @@ class PseudoCaptionConfig:
         file_format: `"jsonl"` or `"parquet"`.
         batch_size: Clips that are captioned at once.
         temperature: Of sampling; 0 takes the most likely word.
-        top_k: Words that sampling draws from, the most likely ones; 0 for all.
         max_new_tokens: Longest caption.
         seed: Of sampling.
         engine: `"local"` for this process and those that accelerate started, or `"ray"`.
@@ -90,8 +89,7 @@ class PseudoCaptionConfig:
     question: str = QUESTION
     batch_size: int = 32
     temperature: float = 0.2
-    top_k: int = 50
-    max_new_tokens: int = 128
+    max_new_tokens: int = 64
     seed: int = 42
 
     # Where it runs
@@ -299,7 +297,7 @@ def caption_shard(
             samples[index] = sample
     order = sorted(samples, key=lambda index: sound_length(samples[index]))
     captions: dict[int, str] = {}
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
         inputs = collator.encode([samples[index] for index in batch])

@@ -52,28 +52,6 @@ def test_rows(whole):
     assert all(row.keys() == {"id", "caption"} for row in rows) and len({row["caption"] for row in rows}) > 3
 
 
-def test_sampling_is_the_released_codes(monkeypatch):
-    """`generate` of LLaVA/generate_pseudo_labels.py (line 300): temperature 0.2, 128 tokens, one beam, and
-    transformers' own top_k of 50; greedy where the temperature is 0."""
-    model, processor = tiny_dali(prefix=4)
-    calls, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **given: (calls.append(given), generate(**given))[1])
-    collator = pseudo_captions.new_collator(processor, PseudoCaptionConfig())
-    for config in (PseudoCaptionConfig(), PseudoCaptionConfig(temperature=0.0)):
-        pseudo_captions.caption_shard(model, processor, collator, list(clips(1)), config)
-    sampled, greedy = calls
-    expected = {
-        "do_sample": True,
-        "temperature": 0.2,
-        "top_k": 50,
-        "top_p": 1.0,
-        "max_new_tokens": 128,
-        "num_beams": 1,
-    }
-    assert {name: sampled[name] for name in expected} == expected
-    assert greedy["do_sample"] is False and "temperature" not in greedy
-
-
 def test_killed_and_run_again(whole, tmp_path):
     assert stage_worker.start(caption, tmp_path, None, 1) == [-signal.SIGKILL]
     assert (tmp_path / "captions-00000.jsonl").exists() and not (tmp_path / "captions-00001.jsonl").exists()
