@@ -5,6 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.type_validators import activation_fn_key, interval
 
 PrefixPosition = Literal["after_media", "front"]
 AlignmentTarget = Literal["projector_input", "projector_output"]
@@ -34,17 +35,17 @@ class DaliAudioConfig(PreTrainedConfig):
     model_type = "dali_audio"
     base_config_key = "audio_config"
 
-    num_frames: int = 1024
-    num_mel_bins: int = 128
-    patch_size: int = 16
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    num_frames: int = interval(min=1)(default=1024)
+    num_mel_bins: int = interval(min=1)(default=128)
+    patch_size: int = interval(min=1)(default=16)
+    hidden_size: int = interval(min=1)(default=768)
+    num_hidden_layers: int = interval(min=1)(default=12)
+    num_attention_heads: int = interval(min=1)(default=12)
+    intermediate_size: int = interval(min=1)(default=3072)
+    hidden_act: str = activation_fn_key(default="gelu")
+    layer_norm_eps: float = interval(min=0.0, max=1.0)(default=1e-5)
+    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -119,10 +120,10 @@ class EarConfig(PreTrainedConfig):
     """
 
     audio_config: Any = None  # a configuration or its dictionary
-    audio_token_index: int = 32002
+    audio_token_index: int = interval(min=0)(default=32002)
     audio_seq_length: int | None = None
-    prefix_token_index: int = 32003
-    prefix_length: int = 0
+    prefix_token_index: int = interval(min=0)(default=32003)
+    prefix_length: int = interval(min=0)(default=0)
     prefix_position: PrefixPosition = "after_media"
     base_model: str | None = None
     base_model_revision: str | None = None
@@ -133,8 +134,11 @@ class EarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.audio_seq_length is None and self.audio_config is not None:
             self.audio_seq_length = count_audio_tokens(self.audio_config)
-        if self.prefix_length < 0:
-            raise ValueError(f"`prefix_length` must not be negative, it is {self.prefix_length}.")
+        if self.audio_seq_length < 1:
+            raise ValueError(f"`audio_seq_length` must be at least 1, it is {self.audio_seq_length}.")
+        placeholders = {name: getattr(self, f"{name}_token_index") for name in ("image", "audio", "prefix")}
+        if len(set(placeholders.values())) < len(placeholders):
+            raise ValueError(f"Placeholders need a vocabulary index each, they have {placeholders}.")
 
 
 AUDIO_SPEC = SubConfigSpec(config_class=AutoConfig, model_type="dali_audio")

@@ -1,9 +1,13 @@
 """Configuration of VIP-ANT: CLIP's text and image towers, and an audio tower of the same kind."""
 
+import sys
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.utils.type_validators import activation_fn_key, interval
+
+FINITE = sys.float_info.max
 
 
 @strict
@@ -26,21 +30,21 @@ class VipAntAudioConfig(PreTrainedConfig):
     model_type = "vipant_audio_model"
     base_config_key = "audio_config"
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    num_mel_bins: int = 128
-    num_frames: int = 1000
+    hidden_size: int = interval(min=1)(default=768)
+    intermediate_size: int = interval(min=1)(default=3072)
+    num_hidden_layers: int = interval(min=1)(default=12)
+    num_attention_heads: int = interval(min=1)(default=12)
+    num_channels: int = interval(min=1)(default=3)
+    num_mel_bins: int = interval(min=1)(default=128)
+    num_frames: int = interval(min=1)(default=1000)
     shorter_positions: Literal["slice", "interpolate"] = "slice"
     patch_size: list[int] | tuple[int, ...] = (32, 32)
     patch_stride: list[int] | tuple[int, ...] = (16, 24)
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float | int = 0.0
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
+    hidden_act: str = activation_fn_key(default="quick_gelu")
+    layer_norm_eps: float = interval(min=0.0, max=1.0)(default=1e-5)
+    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    initializer_factor: float = interval(min=0.0, max=FINITE)(default=1.0)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,8 +65,11 @@ class VipAntAudioConfig(PreTrainedConfig):
         """
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        if len(self.patch_size) != 2 or len(self.patch_stride) != 2:
-            raise ValueError("patch_size and patch_stride are each two numbers: time frames, mel bins")
+        for name in ("patch_size", "patch_stride"):
+            if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 1:
+                raise ValueError(
+                    f"{name} must be two numbers of at least 1, time frames and mel bins, it is {getattr(self, name)}"
+                )
         if min(self.grid) < 1:
             raise ValueError(
                 f"a patch of {tuple(self.patch_size)} does not fit in {self.num_frames} frames x "
@@ -94,10 +101,10 @@ class VipAntConfig(PreTrainedConfig):
     text_config: Any = None
     vision_config: Any = None
     audio_config: Any = None
-    projection_dim: int = 512
-    logit_scale_init_value: float | int = 2.6592
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
+    projection_dim: int = interval(min=1)(default=512)
+    logit_scale_init_value: float | int = interval(min=-FINITE, max=FINITE)(default=2.6592)
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    initializer_factor: float = interval(min=0.0, max=FINITE)(default=1.0)
 
     def __post_init__(self, **kwargs):
         # Saving one model records only its own auto class; the same weights serve both.

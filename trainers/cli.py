@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError, StrictDataclassError)
 
 
 def new_app(name: str, description: str) -> typer.Typer:
