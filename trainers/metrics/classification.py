@@ -32,23 +32,31 @@ def class_prompts(labels: Sequence[str], templates: Sequence[str] = PROMPTS) -> 
     return [[template.replace("{}", name) for name in names] for template in templates]
 
 
-def ensemble_prompts(text_embeddings: Tensor) -> Tensor:
-    """One embedding per class from several prompts: the mean of the unit vectors, made a unit vector again.
+def zero_shot_scores(audio_embeddings: Tensor, text_embeddings: Tensor, classes: Sequence[int], cosine: bool = True):
+    """Similarity of clips and classes: that of the clip and the nearest text of the class.
 
     Args:
-        text_embeddings: Of the prompts [templates, classes, dim].
+        audio_embeddings (`torch.Tensor`):
+            Of the clips [clips, dim].
+        text_embeddings (`torch.Tensor`):
+            Of all texts [texts, dim]; not of unit length where products are wanted.
+        classes (sequence of `int`):
+            The class of each text, from 0 on; a class may have several.
+        cosine (`bool`, defaults to `True`):
+            Whether embeddings are given unit length. Without, the length of a text's embedding tips the scales.
 
     Returns:
-        Unit vectors [classes, dim].
+        `torch.Tensor`: [clips, classes].
 
-    Source: CLIP (Radford et al., 2021), section 3.1.4.
+    Source:
+        The ensemble of VIP-ANT (arXiv 2112.08995), four prompts a class, whose released code takes products.
     """
-    return normalize(normalize(text_embeddings, dim=-1).mean(dim=0), dim=-1)
-
-
-def zero_shot_scores(audio_embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
-    """Cosine similarity of clips [clips, dim] and classes [classes, dim]: [clips, classes]."""
-    return normalize(audio_embeddings, dim=-1) @ normalize(class_embeddings, dim=-1).T
+    if cosine:
+        audio_embeddings, text_embeddings = normalize(audio_embeddings, dim=-1), normalize(text_embeddings, dim=-1)
+    similarity = audio_embeddings @ text_embeddings.T  # [clips, texts]
+    owner = torch.as_tensor(classes, device=similarity.device).expand_as(similarity)
+    scores = similarity.new_full((len(similarity), max(classes) + 1), -torch.inf)
+    return scores.scatter_reduce(1, owner, similarity, "amax")
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:

@@ -4,21 +4,24 @@
     python -m trainers.vipant.evaluate classification --model runs/va --dataset esc50 --output runs/va-esc50.json
 
 Retrieval needs the columns `audio` and `caption` or `captions`; classification `audio`, `labels` and, for a mean over
-folds, `fold`. Classification is scored with each prompt alone and with all together (the mean of their embeddings).
+folds, `fold`. Classification is scored with each prompt alone and with all together, where the prompt that is nearest
+to a sound decides. Prompts of a class's own come from `--class_prompts` (JSON: label to its texts).
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from modeling_vipant import VipAntModel, VipAntProcessor
-from trainers.metrics.classification import class_prompts, classification_metrics, ensemble_prompts, zero_shot_scores
+from trainers.metrics.classification import class_prompts, classification_metrics, zero_shot_scores
 from trainers.metrics.retrieval import audio_text_retrieval_metrics
 from trainers.recipes import load_rows
 from trainers.vipant.dataset import ClipDataset, TooManyUnreadableError
@@ -31,11 +34,12 @@ PROMPTS = ("{}", "the sound of {}")  # the paper's: label names with and without
 def embed_sounds(
     model: VipAntModel, processor: VipAntProcessor, rows: datasets.Dataset, batch_size: int = 32, workers: int = 0
 ) -> torch.Tensor:
-    """Unit vectors of all sounds, `[rows, dim]`, on the CPU; raises TooManyUnreadableError at the first bad one."""
+    """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length; raises TooManyUnreadableError at the
+    first that cannot be read."""
     clips = ClipDataset(rows.select_columns(["audio"]), processor, ["audio"], training=False, max_unreadable=0.0)
     loader = torch.utils.data.DataLoader(clips, batch_size, collate_fn=clips.collate, num_workers=workers)
     parts = [
-        model.get_audio_features(batch["input_features"].to(model.device)).pooler_output.float().cpu()
+        model.get_audio_features(batch["input_features"].to(model.device), normalize=False).pooler_output.float().cpu()
         for batch in tqdm(loader, desc="sounds", leave=False)
     ]
     return torch.cat(parts)
@@ -45,11 +49,11 @@ def embed_sounds(
 def embed_texts(
     model: VipAntModel, processor: VipAntProcessor, texts: Sequence[str], batch_size: int = 256
 ) -> torch.Tensor:
-    """Unit vectors of texts, `[texts, dim]`, on the CPU."""
+    """Embeddings of texts, `[texts, dim]`, on the CPU, not of unit length."""
     parts = []
     for start in range(0, len(texts), batch_size):
         inputs = processor(text=list(texts[start : start + batch_size]), return_tensors="pt").to(model.device)
-        parts.append(model.get_text_features(**inputs).pooler_output.float().cpu())
+        parts.append(model.get_text_features(**inputs, normalize=False).pooler_output.float().cpu())
     return torch.cat(parts)
 
 
@@ -65,8 +69,8 @@ def evaluate_retrieval(
     by_clip = rows["captions"] if several else [[caption] for caption in rows["caption"]]
     captions = [caption for own in by_clip for caption in own]
     owner = [clip for clip, own in enumerate(by_clip) for _ in own]
-    scores = embed_sounds(model, processor, rows, workers=workers) @ embed_texts(model, processor, captions).T
-    return audio_text_retrieval_metrics(scores, owner)
+    sounds, texts = embed_sounds(model, processor, rows, workers=workers), embed_texts(model, processor, captions)
+    return audio_text_retrieval_metrics(F.normalize(sounds, dim=-1) @ F.normalize(texts, dim=-1).T, owner)
 
 
 def evaluate_classification(
@@ -75,6 +79,8 @@ def evaluate_classification(
     rows: datasets.Dataset,
     prompts: Sequence[str] = PROMPTS,
     labels: Sequence[str] | None = None,
+    class_texts: Mapping[str, Sequence[str]] | None = None,
+    similarity: Literal["cosine", "product"] = "cosine",
     workers: int = 0,
 ) -> dict[str, dict]:
     """Zero-shot classification by prompts.
@@ -85,11 +91,16 @@ def evaluate_classification(
         rows: With `audio`, `labels` and maybe `fold`.
         prompts: Templates with `{}` for the label.
         labels: All classes; those that occur in `rows` if None.
+        class_texts: Texts of a class's own, by its label with blanks for underscores; make up the ensemble.
+        similarity: "cosine", or "product" of embeddings that are not of unit length, as VIP-ANT's code takes it.
         workers: Processes that read sounds.
 
     Returns:
-        By prompt, and under "ensemble" for all together: what `classification_metrics` gives, as plain numbers and
-        lists.
+        By prompt, and under "ensemble" for all together, of which the nearest decides: what `classification_metrics`
+        gives, as plain numbers and lists.
+
+    Raises:
+        ValueError: If a class has no text of its own.
     """
     names = sorted({name for row in rows["labels"] for name in label_list(row)}) if labels is None else list(labels)
     single = all(len(label_list(row)) == 1 for row in rows["labels"])
@@ -97,14 +108,23 @@ def evaluate_classification(
     targets = torch.stack([encode(row) for row in rows["labels"]])
     targets = targets if single else targets.bool()
     folds = rows["fold"] if single and "fold" in rows.column_names else None
+    texts = {
+        prompt: [[text] for text in of_classes]  # of each class
+        for prompt, of_classes in zip(prompts, class_prompts(names, prompts), strict=True)
+    }
+    if class_texts is not None:
+        if without := [name for name in names if not class_texts.get(name.replace("_", " "))]:
+            raise ValueError(f"there are no texts of the classes {', '.join(without)}")
+        texts["ensemble"] = [list(class_texts[name.replace("_", " ")]) for name in names]
+    elif len(prompts) > 1:
+        texts["ensemble"] = [list(of_class) for of_class in zip(*class_prompts(names, prompts), strict=True)]
     sounds = embed_sounds(model, processor, rows, workers=workers)
-    by_prompt = torch.stack([embed_texts(model, processor, texts) for texts in class_prompts(names, prompts)])
-    classes = dict(zip(prompts, by_prompt, strict=True))
-    if len(prompts) > 1:
-        classes["ensemble"] = ensemble_prompts(by_prompt)
     results = {}
-    for prompt, embeds in classes.items():
-        metrics = classification_metrics(zero_shot_scores(sounds, embeds), targets, folds)
+    for prompt, of_classes in texts.items():
+        embeds = embed_texts(model, processor, [text for own in of_classes for text in own])
+        owner = [number for number, own in enumerate(of_classes) for _ in own]
+        scores = zero_shot_scores(sounds, embeds, owner, cosine=similarity == "cosine")
+        metrics = classification_metrics(scores, targets, folds)
         results[prompt] = {
             name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()
         }
@@ -120,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_frames", type=int, help="frames a clip, 1000 for 10 s (default: the model's)")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="templates with {} for the label")
+    parser.add_argument("--class_prompts", type=Path, help="JSON file: label to texts of its own")
+    parser.add_argument("--similarity", choices=["cosine", "product"], default="cosine", help="of sounds and prompts")
     parser.add_argument("--output", type=Path, help="JSON file with everything that was measured")
     parser.add_argument("--workers", type=int, default=0, help="processes that read sounds")
     args = parser.parse_args(arguments)
@@ -134,7 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.task == "retrieval":
             results = evaluate_retrieval(model, processor, rows, args.workers)
         else:
-            results = evaluate_classification(model, processor, rows, args.prompts, workers=args.workers)
+            own = json.loads(args.class_prompts.read_text()) if args.class_prompts else None
+            results = evaluate_classification(
+                model, processor, rows, args.prompts, None, own, args.similarity, args.workers
+            )
     except (ValueError, OSError, KeyError, TooManyUnreadableError) as error:
         sys.exit(f"error: {error}")
     if args.output is not None:

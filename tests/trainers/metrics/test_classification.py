@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.released import seeded
 from trainers.metrics.classification import (
     average_precision,
     class_prompts,
     classification_metrics,
-    ensemble_prompts,
     zero_shot_scores,
 )
 
@@ -89,13 +89,38 @@ def test_prompts_of_label_names():
     assert class_prompts(["dog", "rain"]) == [["the sound of dog", "the sound of rain"]]
 
 
-def test_ensemble_is_the_direction_of_the_mean_unit_vector():
-    prompts = torch.tensor([[[2.0, 0.0], [0.0, 3.0]], [[0.0, 0.5], [0.0, 1.0]]])
-    classes = ensemble_prompts(prompts)
-    torch.testing.assert_close(classes, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]]))
-    torch.testing.assert_close(ensemble_prompts(prompts[:1]), torch.eye(2))
-    scores = zero_shot_scores(torch.tensor([[5.0, 0.0], [1.0, 1.0]]), classes)
-    torch.testing.assert_close(scores, torch.tensor([[0.5**0.5, 0.0], [1.0, 0.5**0.5]]))
+def test_the_nearest_text_of_a_class_scores():
+    audio, text = seeded((5, 8), 1), seeded((7, 8), 2, 3.0)
+    owner = [2, 0, 1, 1, 2, 0, 0]
+    unit = [side / side.norm(dim=1, keepdim=True) for side in (audio, text)]
+    for cosine, (sounds, texts) in ((True, unit), (False, (audio, text))):
+        scores = zero_shot_scores(audio, text, owner, cosine)
+        expected = [
+            [max(float(s @ t) for t, o in zip(texts, owner, strict=True) if o == k) for k in range(3)] for s in sounds
+        ]
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+# Of ClassificationHead.infer and .report (cvap/module/decoder/loss_head.py), which take the product, on the embeddings
+# below: with four texts a class, and with the first of each alone.
+AUTHORS_FOUR, AUTHORS_ONE = 57.50, 53.50
+
+
+def test_products_give_the_authors_accuracy():
+    classes, texts, dim, clips = 6, 4, 16, 200
+    centres = seeded((classes, dim), 3)
+    labels = torch.arange(classes).repeat_interleave(34)[:clips]
+    audio = centres[labels] + seeded((clips, dim), 4, 1.6)
+    lengths = torch.from_numpy(np.random.RandomState(6).uniform(0.5, 2.0, (classes, texts, 1)).astype(np.float32))
+    text = (centres[:, None] + seeded((classes, texts, dim), 5, 1.3)) * lengths
+    owner = torch.arange(classes).repeat_interleave(texts).tolist()
+
+    def accuracy(*arguments):
+        return 100 * classification_metrics(zero_shot_scores(audio, *arguments), labels)["accuracy"]
+
+    assert accuracy(text.flatten(0, 1), owner, False) == pytest.approx(AUTHORS_FOUR)
+    assert accuracy(text[:, 0], range(classes), False) == pytest.approx(AUTHORS_ONE)
+    assert accuracy(text.flatten(0, 1), owner) == pytest.approx(60.5)  # cosine: length says nothing of the class
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,26 @@ def test_classification_by_prompts_and_folds(folder):
     assert results["the sound of {}"]["accuracy"] == pytest.approx(expected)
 
 
+def test_ensembles_take_the_nearest_prompt(folder, tmp_path):
+    own = {"dog bark": ["a dog", "barking"], "rain": ["it rains"], "sea": ["waves", "the sea", "surf"]}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    options = ["--class_prompts", str(tmp_path / "own.json"), "--output", str(tmp_path / "out.json")]
+    targets, folds = torch.tensor([0, 1, 1, 0, 2]), torch.tensor([0, 1, 0, 1, 0])
+    texts = [text for of_class in own.values() for text in of_class]
+    audio, text = embeddings(folder, texts)
+    lengths = tiny_vipant(4).get_text_features(**tiny_processor()(text=texts, return_tensors="pt"), normalize=False)
+    for similarity, factors in (("cosine", 1), ("product", lengths.pooler_output.norm(dim=1))):
+        run(folder, "classification", *options, "--similarity", similarity)
+        scores = (audio @ text.T * factors).split([2, 1, 3], dim=1)
+        right = torch.stack([part.amax(1) for part in scores], 1).argmax(1) == targets
+        expected = np.mean([right[folds == fold].float().mean() for fold in (0, 1)])
+        found = json.loads((tmp_path / "out.json").read_text())["results"]["ensemble"]["accuracy"]
+        assert found == pytest.approx(expected)
+    (tmp_path / "own.json").write_text(json.dumps({"rain": ["it rains"]}))
+    with pytest.raises(SystemExit, match="no texts of the classes dog_bark, sea"):
+        run(folder, "classification", *options)
+
+
 def test_other_lengths_and_errors(folder, tmp_path, capsys):
     run(folder, "classification", "--num_frames", "40", "--prompts", "a {}")
     assert "accuracy" in capsys.readouterr().out
