@@ -328,7 +328,7 @@ class DaliMixin(PreTrainedModel):
             save_card(self.config, Path(save_directory))
 
     def set_auto_map(self) -> None:
-        """Tells the configuration which classes load what is saved."""
+        """Tells the configuration which classes load what is saved, and which pipelines run it."""
         this = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = {"AutoConfig": f"configuration_dali.{type(self.config).__name__}"}
         self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, this)
