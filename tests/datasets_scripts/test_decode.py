@@ -85,10 +85,11 @@ def test_variable_frame_rate(tmp_path):
     check_frames(read_clip(tmp_path / "a.mp4", 4.2, 8.2, frames=8), times, 4.2, 4, 8)
 
 
+@pytest.mark.parametrize("frame_size", [None, 32])
 @pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_rotated_frames_come_upright(tmp_path, rotation):
+def test_rotated_frames_come_upright(tmp_path, rotation, frame_size):
     make_video(tmp_path / "a.mp4", rotation=rotation)
-    clip = read_clip(tmp_path / "a.mp4", frames=10)
+    clip = read_clip(tmp_path / "a.mp4", frames=10, frame_size=frame_size)
     # `rotation` turns the coded picture counterclockwise for display, so turning back gives the coded one.
     assert [number(image.rotate(-rotation, expand=True)) for image in clip.frames] == list(range(0, 100, 10))
 
@@ -221,3 +222,12 @@ def test_real_clips(shared_data):
         for one, other in zip(part.frames, clip.frames[4:7], strict=True):
             difference = np.abs(np.asarray(one, float) - np.asarray(other, float))
             assert difference.mean() < 1.0
+
+
+def test_smaller_frames_look_like_the_large_ones(shared_data):
+    (path,) = (shared_data / "videos").glob("Kls*.mp4")
+    for small, large in zip(
+        *(read_clip(path, 4, 6, frames=2, frame_size=size).frames for size in (336, None)), strict=True
+    ):
+        reference = np.asarray(large.resize(small.size, Image.Resampling.BICUBIC), float)
+        assert small.size == (597, 336) and np.abs(np.asarray(small, float) - reference).mean() < 2
