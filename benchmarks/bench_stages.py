@@ -100,7 +100,7 @@ def steps_of(trainer) -> Callable[[], None]:
     keys = cycle([(0, index) for index in range(len(data))])
 
     def step():
-        batch = trainer.data_collator([data[key] for key in islice(keys, BATCH)])
+        batch = trainer.data_collator.collator([data[key] for key in islice(keys, BATCH)])
         trainer.training_step(trainer.model, batch)
         trainer.optimizer.step()
         trainer.model.zero_grad()
@@ -124,7 +124,7 @@ def naive_alignment(folder: str) -> Callable[[], None]:
     keys = cycle([(0, index) for index in range(len(data))])
 
     def step():
-        batch = trainer.data_collator([data[key] for key in islice(keys, BATCH)])
+        batch = trainer.data_collator.collator([data[key] for key in islice(keys, BATCH)])
         total = 0.0
         audio = model.model.get_audio_tokens(batch["input_features"])
         with torch.no_grad():
@@ -175,7 +175,7 @@ def naive_on_captions(stage: str, folder: str) -> Callable[[], None]:
 def captioning(folder: str, batch_size: int = BATCH) -> Callable[[], None]:
     model, processor = build()
     model.eval()
-    config = PseudoCaptionConfig(output_dir=folder, batch_size=batch_size)  # at most 64 new tokens
+    config = PseudoCaptionConfig(output=folder, batch_size=batch_size)  # at most 64 new tokens
     collator = DaliDataCollator(processor, "audio_image", captions=False)
     data = rows(BATCH)
 

@@ -16,40 +16,30 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets_scripts.clips import ClipRequest
 from datasets_scripts.files import Folder
 
-if TYPE_CHECKING:
-    import datasets
-
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": datasets.Audio(sampling_rate=16_000, decode=False),
+        "frames": datasets.List(datasets.Image(decode=False)),
+        "frame_times": datasets.List(datasets.Value("float32")),
+        "labels": datasets.List(datasets.Value("string")),
+        "source": datasets.Value("string"),
+        "start": datasets.Value("float64"),
+        "duration": datasets.Value("float64"),
+    }
+)
 ROW_GROUP = 32  # rows that a reader holds at a time
-
-
-@cache
-def prepared_features() -> "datasets.Features":
-    """The columns of prepared shards."""
-    import datasets  # a second of every child process that only reads clips
-
-    return datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "audio": datasets.Audio(sampling_rate=16_000, decode=False),
-            "frames": datasets.List(datasets.Image(decode=False)),
-            "frame_times": datasets.List(datasets.Value("float32")),
-            "labels": datasets.List(datasets.Value("string")),
-            "source": datasets.Value("string"),
-            "start": datasets.Value("float64"),
-            "duration": datasets.Value("float64"),
-        }
-    )
 
 
 class Journal:
@@ -115,7 +105,7 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}"
 
 
-def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: "datasets.Features") -> int:
+def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: datasets.Features = FEATURES) -> int:
     """Writes rows as parquet, a row group at a time, in a form that `datasets` reads with these features.
 
     Returns:
@@ -147,7 +137,7 @@ def commit_shard(
     folder: Folder,
     index: int,
     outcomes: Iterable[dict[str, Any]],
-    features: "datasets.Features | None" = None,
+    features: datasets.Features = FEATURES,
 ) -> dict[str, Any]:
     """Writes one shard and then its report, which makes it count.
 
@@ -156,7 +146,7 @@ def commit_shard(
         index: of the shard.
         outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`; either with `file`, the state
             of its source, if there is one.
-        features: of the records; those of prepared clips by default.
+        features: of the records.
 
     Returns:
         The report.
@@ -177,7 +167,7 @@ def commit_shard(
 
     name = f"shards/{shard_name(index)}.parquet"
     with folder.writing(name) as file:
-        count = write_parquet(file, rows(), features or prepared_features())
+        count = write_parquet(file, rows(), features)
     report = {
         "file": {"name": name, "rows": count, "bytes": file.size, "sha256": file.digest()},
         "clips": count + len(failures),
@@ -268,8 +258,6 @@ def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.D
     Raises:
         FileNotFoundError: if there is no finished shard.
     """
-    import datasets
-
     folder = Folder(path)
     files = [f"{folder.path}/{file['name']}" for file in read_manifest(path)["files"]]
     return datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=streaming)

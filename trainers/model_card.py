@@ -1,5 +1,6 @@
 """The part of a model card that says how a stage was trained."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,13 +11,20 @@ import torch
 import transformers
 
 HEADING = "## Training"
+SECRET = re.compile(r"--\w*[_-]token")
+SECRET_VALUE = re.compile(rf"^({SECRET.pattern})=.*")
 
 
 def command_line() -> str:
-    """What started this process, as it can be typed again."""
+    """What started this process, as it can be typed again; without the tokens that open the Hub."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {main.name}" if main is not None else shlex.quote(sys.argv[0])
-    return f"python {program} {shlex.join(sys.argv[1:])}"
+    shown: list[str] = []
+    for argument in sys.argv[1:]:
+        if shown and SECRET.fullmatch(shown[-1]):
+            argument = "..."
+        shown.append(SECRET_VALUE.sub(r"\1=...", argument))
+    return f"python {program} {shlex.join(shown)}"
 
 
 def training_section(trainer, command: str, data: str, metrics: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ is the same whichever worker, process or resumed run draws it.
 
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -184,3 +184,115 @@ class SkippedSamples:
                     f"(`max_skipped`); the last was {sample_id(row)}: {error}"
                 ) from error
             return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows in an order that follows from seed and epoch
+
+
+class Rows(torch.utils.data.Dataset):
+    """
+    Rows of a data set with their `index`, and in training with the `epoch`.
+
+    Args:
+        rows: Anything with a length and rows by index.
+    """
+
+    def __init__(self, rows):
+        self.rows = without_decoding(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """The row of an index, or of (epoch, index)."""
+        if isinstance(key, tuple):
+            return {**self.rows[key[1]], "epoch": key[0], "index": key[1]}
+        return {**self.rows[key], "index": key}
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """
+    Gives (epoch, index) in an order that follows from seed and epoch alone.
+
+    Args:
+        length (`int`): Number of rows.
+        seed (`int`): Of the order.
+        weights (`torch.Tensor`, *optional*): `[length]`; rows are then drawn with replacement, in proportion to them.
+            By default an epoch is a permutation.
+    """
+
+    def __init__(self, length: int, seed: int, weights: torch.Tensor | None = None):
+        self.length, self.seed, self.weights, self.epoch = length, seed, weights, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; the data loader calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        epoch = self.epoch
+        if self.weights is None:
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
+        return ((epoch, index) for index in order.tolist())
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
+    """
+    Rows of a stream, with `epoch` and `index`; one pass over it is one epoch.
+
+    Args:
+        stream: A `datasets.IterableDataset` or any iterable that can be gone through again.
+        length (`int`): Rows of one pass, by which schedules know how far training is.
+    """
+
+    def __init__(self, stream, length: int):
+        self.stream, self.length = without_decoding(stream), length
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the rows, and a stream that shuffles, which epoch it is."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict]:
+        epoch = int(self._epoch)
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+        worker = torch.utils.data.get_worker_info()
+        # In workers a `datasets` stream shares out its shards by itself.
+        shares, mine = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        if hasattr(self.stream, "set_epoch"):
+            shares, mine = 1, 0
+        count = 0
+        for index, row in enumerate(self.stream):
+            if index == self.length:
+                return
+            count += 1
+            if index % shares == mine:
+                yield {**row, "epoch": epoch, "index": index}
+        if worker is None and count < self.length:
+            raise ValueError(f"The stream ends after {count} rows, but `train_rows` says {self.length}.")
+
+
+class WithIds:
+    """
+    A collator whose batches also hold the `ids` of their rows, so that an error can name a clip.
+
+    Args:
+        collator: Makes a batch of rows.
+    """
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict]) -> dict:
+        """The collator's batch, and `ids`."""
+        return {**self.collator(rows), "ids": [sample_id(row) for row in rows]}

@@ -1,14 +1,17 @@
-"""What the three stages share: which weights train, checkpoints that survive a kill, order of the data, the card.
+"""What the training stages of both systems share: which weights train, complete checkpoints, faults that stop a run.
 
 - Only named modules train, in float32; everything else is frozen and in eval mode.
-- A checkpoint holds what trains, with optimizer, schedule and random states. It is written beside the others and
-  renamed when complete: a folder `checkpoint-N` is always whole.
-- Training rows come in an order, and with an epoch, that follow from (seed, epoch): see `data_collator`.
+- A checkpoint holds what trains, with optimizer, schedule and random states (see `checkpoints`); a run that was killed
+  goes on from the last one by itself.
+- Training rows come in an order, and with an epoch, that follow from (seed, epoch): see `rows`.
+- A loss, gradient or feature that is not finite ends the run and names the clips.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,120 +19,46 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from trainers.model_card import training_section, write_card
-from trainers.rows import require_columns, without_decoding
+from datasets_scripts.files import locked
+from trainers.checkpoints import TRAINED, last_complete, load_trained, read_manifest, write_manifest
+from trainers.model_card import command_line, training_section, write_card
+from trainers.processes import leave_group
+from trainers.recipes import check_choices, run_recipe
+from trainers.rows import EpochSampler, Rows, StreamedRows, WithIds, require_columns
 
 logger = logging.get_logger(__name__)
 
-TRAINED = "trained.safetensors"  # the weights of a checkpoint
-SETTINGS = "settings.json"  # and the settings it was made with
-STAGING = ".incomplete"  # where checkpoints and models are written before they are renamed
+STAGING = ".dali-partial"  # where a result is written before its files get their place
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk gives, by way of the library that writes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data in an order that follows from seed and epoch
+@dataclass
+class StageArguments(TrainingArguments):
+    """Settings of every stage; each explains itself in the stage's `--help`."""
 
+    model: str = HfArg(default="", help="Folder or Hub id of the model to start from.")
+    dataset: str = HfArg(
+        default="",
+        help="Data set: a folder saved by datasets or of shards, a file (parquet, JSON lines, CSV) or a Hub id; "
+        "behind a # the name of a configuration.",
+    )
+    train_split: str = HfArg(default="train", help="Split to train on.")
+    eval_split: str = HfArg(default="", help="Split to evaluate on; without one there is no evaluation.")
+    train_rows: int | None = HfArg(
+        default=None, help="Rows of one pass over the training data, which are then streamed."
+    )
+    max_skipped: float = HfArg(default=0.01, help="Largest share of samples that may fail to decode.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the checkpoints and the result.")
 
-class Rows(torch.utils.data.Dataset):
-    """
-    Rows of a data set with an `index`, and in training with an `epoch`.
-
-    Args:
-        rows: Anything with a length and rows by index.
-    """
-
-    def __init__(self, rows):
-        self.rows = without_decoding(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        """The row of an index, or of (epoch, index)."""
-        if isinstance(key, tuple):
-            return {**self.rows[key[1]], "epoch": key[0], "index": key[1]}
-        return {**self.rows[key], "index": key}
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """A permutation for each epoch, from (seed, epoch) alone; gives (epoch, index)."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        epoch = self.epoch
-        return ((epoch, index) for index in torch.randperm(self.length, generator=generator).tolist())
-
-
-class StreamedRows(torch.utils.data.IterableDataset):
-    """
-    Rows of a stream, with `epoch` and `index`; one pass over it is one epoch.
-
-    Args:
-        stream: A `datasets.IterableDataset` or any iterable that can be gone through again.
-        length: Rows of one pass, by which schedules know how far training is.
-    """
-
-    def __init__(self, stream, length: int):
-        self.stream, self.length = without_decoding(stream), length
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tells the rows, and a stream that shuffles, which epoch it is."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[dict]:
-        epoch = int(self._epoch)
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
-        worker = torch.utils.data.get_worker_info()
-        # In workers a `datasets` stream shares out its shards by itself.
-        shares, mine = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        if hasattr(self.stream, "set_epoch"):
-            shares, mine = 1, 0
-        count = 0
-        for index, row in enumerate(self.stream):
-            if index == self.length:
-                return
-            count += 1
-            if index % shares == mine:
-                yield {**row, "epoch": epoch, "index": index}
-        if worker is None and count < self.length:
-            raise ValueError(f"The stream ends after {count} rows, but `train_rows` says {self.length}.")
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells sampler or stream the epoch, also where training resumes in the middle of one."""
-
-    def __init__(self, trainer: "StageTrainer"):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch = int(state.epoch or 0)
-        for source in (self.trainer.sampler, self.trainer.train_dataset):
-            if hasattr(source, "set_epoch"):
-                source.set_epoch(epoch)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The trainer
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices(self)
 
 
 class StageTrainer(Trainer):
@@ -137,13 +66,13 @@ class StageTrainer(Trainer):
     A `Trainer` that trains a part of a model and keeps the rest as it is.
 
     Args:
-        model: What is trained; its parameters outside `trained` are frozen.
-        args: The stage's settings.
-        trained: Names of the modules and parameters of `model` that train.
-        processor: The `DaliProcessor`, saved with the result.
-        train_dataset, eval_dataset: Rows (see `data_collator`); a training stream has no length and needs
-            `args.train_rows`.
-        data_collator: Must have `columns` and `skips`.
+        model (`nn.Module`): What is trained; its parameters outside `trained` are frozen.
+        args (`StageArguments`): The stage's settings.
+        trained (`list[str]`): Names of the modules and parameters of `model` that train.
+        processor: The model's processor, saved with the result.
+        train_dataset, eval_dataset: Rows; a training stream has no length and needs `args.train_rows`.
+        data_collator: Makes batches of rows; has `columns` (see [`require_columns`]) and `skips` (a
+            [`SkippedSamples`]).
         kwargs: Further arguments of `Trainer`.
 
     Raises:
@@ -182,11 +111,15 @@ class StageTrainer(Trainer):
         present = {type(module).__name__ for module in model.modules()}
         names: Any = getattr(model, "_no_split_modules", None) or ()
         model._no_split_modules = sorted(present.intersection(names))  # type: ignore[assignment]
-        self.sampler = None
+        self.settings = json.loads(args.to_json_string())
+        self.checkpoint_limit = args.save_total_limit
+        args.save_total_limit = None  # old checkpoints go when the new one is known to be complete, not before
+        self.skips = data_collator.skips
+        self.batch_ids: list[str] = []
         super().__init__(
             model,
             args,
-            data_collator=data_collator,
+            data_collator=WithIds(data_collator),
             train_dataset=self.open_rows(train_dataset, args),
             eval_dataset=None if eval_dataset is None else Rows(eval_dataset),
             processing_class=processor,
@@ -194,7 +127,8 @@ class StageTrainer(Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"FSDP was asked for, but accelerate does not shard on {args.device.type} devices.")
-        self.add_callback(_SetEpoch(self))
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.add_callback(_CheckGradients(self))
 
     @staticmethod
     def open_rows(rows, args):
@@ -210,10 +144,18 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(rows, StreamedRows):
-            return None
-        self.sampler = EpochSampler(len(rows), self.args.data_seed or self.args.seed)
-        return self.sampler
+        return None if isinstance(rows, StreamedRows) else EpochSampler(len(rows), self.data_seed, self.row_weights())
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the rows."""
+        return self.args.data_seed or self.args.seed
+
+    def row_weights(self) -> torch.Tensor | None:
+        """Weights `[rows]` by which training rows are drawn; by default each comes once an epoch."""
+        return None
+
+    # Steps ----------------------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """Puts what does not train into eval mode: no dropout in it."""
@@ -222,11 +164,40 @@ class StageTrainer(Trainer):
         for module in self.accelerator.unwrap_model(self.model).children():
             eval_if_frozen(module)
 
+    def _prepare_inputs(self, inputs):
+        self.batch_ids = inputs.pop("ids", [])
+        return super()._prepare_inputs(inputs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One step; where no sample of a batch could be decoded, there are no labels to divide by."""
+        """
+        One step; where no sample of a batch could be decoded, there are no labels to divide by.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; names the clips.
+        """
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)
-        return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except ValueError as error:  # a loss that refuses its input knows the pair's place, not its name
+            raise ValueError(f"{error} (step {self.state.global_step + 1}, {self.batch_name(inputs)})") from error
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, {self.batch_name(inputs)}: lower "
+                "the learning rate, or take a clip with damaged values out of the data."
+            )
+        return loss
+
+    def batch_name(self, inputs: dict[str, Any]) -> str:
+        """The clips of this batch that have inputs which are not finite, or if there are none, all of them."""
+        broken: set[int] = set()
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(self.batch_ids):
+                finite = value.reshape(len(value), -1).isfinite().all(1)
+                broken.update((~finite).nonzero()[:, 0].tolist())
+        if broken:
+            return f"inputs not finite: {', '.join(self.batch_ids[index] for index in sorted(broken))}"
+        return f"clips {', '.join(self.batch_ids)}"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s, with what is frozen in eval mode."""
@@ -237,57 +208,45 @@ class StageTrainer(Trainer):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`'s, but into a folder beside, which gets its name when it is complete."""
-        output_dir, limit = Path(self.args.output_dir), self.args.save_total_limit
-        name, settings = f"checkpoint-{self.state.global_step}", self.args.to_json_string()
-        staging, final = output_dir / STAGING / name, output_dir / name
+        output_dir = Path(self.args.output_dir)
+        checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            shutil.rmtree(staging.parent, ignore_errors=True)  # what a kill has left
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run: its manifest would not fit
         self.accelerator.wait_for_everyone()
-        self.args.output_dir, self.args.save_total_limit = str(staging.parent), None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                (staging / SETTINGS).write_text(settings)
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
-                    self.state.save_to_json(staging / "trainer_state.json")
-                shutil.rmtree(final, ignore_errors=True)
-                staging.rename(final)
-                shutil.rmtree(staging.parent, ignore_errors=True)
+                write_manifest(checkpoint, self.settings)
         except WRITE_ERRORS as error:
-            shutil.rmtree(staging.parent, ignore_errors=True)
+            shutil.rmtree(checkpoint, ignore_errors=True)
             last = get_last_checkpoint(output_dir)
             raise OSError(
-                f"{final} could not be written: {error}. "
+                f"{checkpoint} could not be written: {error}. "
                 + (f"{last} is complete: free space and resume from it." if last else "There is no earlier one.")
             ) from error
-        finally:
-            self.args.output_dir, self.args.save_total_limit = str(output_dir), limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(str(output_dir), self.checkpoint_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Saves the result of the stage (see `save_result`); inside a checkpoint, only the weights that train.
 
         Args:
-            output_dir: Where to; `args.output_dir` by default.
+            output_dir (`str`, *optional*): Where to; `args.output_dir` by default.
         """
         folder = Path(output_dir or self.args.output_dir)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if _internal_call:
             # Sharded weights are written by the optimizer's part of the checkpoint.
-            if self.args.should_save and not sharded:
+            if self.args.should_save and not self.sharded:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({name: p.detach().contiguous() for name, p in self.trained_parameters()}, folder / TRAINED)
             return
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.sharded else None
         if self.args.should_save:
             staging = folder / STAGING / folder.resolve().name  # the card takes its title from it
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging.parent, ignore_errors=True)
             staging.mkdir(parents=True)
             try:
                 self.save_result(staging, state_dict)
@@ -307,8 +266,9 @@ class StageTrainer(Trainer):
         Writes what the stage is for.
 
         Args:
-            folder: An empty folder.
-            state_dict: The whole state of the model where its own parameters are sharded, else None.
+            folder (`Path`): An empty folder.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): The whole state of the model where its own parameters
+                are sharded.
         """
         raise NotImplementedError
 
@@ -318,11 +278,9 @@ class StageTrainer(Trainer):
         return ((name, parameter) for name, parameter in named if parameter.requires_grad)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / TRAINED
-        if not file.exists():
-            raise ValueError(f"{resume_from_checkpoint} is no checkpoint of this stage: it has no {TRAINED}.")
         load_trained(dict(self.trained_parameters()), load_file(file), file)
 
     def _load_best_model(self) -> None:
@@ -335,53 +293,113 @@ class StageTrainer(Trainer):
         Trains (from the last checkpoint in `output_dir`, if there is one), evaluates, saves the result and its card.
 
         Args:
-            command: What started the run, for the card.
-            data: What it is trained on, for the card.
+            command (`str`, *optional*, defaults to `""`): What started the run, for the card.
+            data (`str`, *optional*, defaults to `""`): What it is trained on, for the card.
 
         Returns:
-            All metrics.
+            `dict[str, float]`: All metrics.
+
+        Raises:
+            RuntimeError: if another run holds `output_dir`.
         """
-        metrics = self.train(resume_from_checkpoint=self.checkpoint_to_resume()).metrics
-        if self.eval_dataset is not None:
-            metrics |= self.evaluate()
-        metrics["skipped_samples"] = int(
-            self.accelerator.reduce(torch.tensor(self.data_collator.skips.skipped, device=self.args.device))
-        )
-        self.save_model()
-        if self.is_world_process_zero():
-            write_card(self.args.output_dir, training_section(self, command, data, metrics))
-        self.save_state()
-        self.save_metrics("all", metrics)
+        with locked(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            checkpoint = self.checkpoint_to_resume()
+            metrics = self.take_finished(checkpoint) if checkpoint else None
+            if metrics is None:
+                metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+            if self.eval_dataset is not None:
+                metrics |= self.evaluate()
+            skipped = torch.tensor(self.skips.skipped, device=self.args.device)
+            metrics["skipped_samples"] = int(self.accelerator.reduce(skipped))
+            self.save_model()
+            if self.is_world_process_zero():
+                write_card(self.args.output_dir, training_section(self, command, data, metrics))
+            self.save_state()
+            self.save_metrics("all", metrics)
         logger.warning(f"{metrics['skipped_samples']} samples were skipped because they could not be decoded.")
         return metrics
 
     def checkpoint_to_resume(self) -> str | None:
-        """`args.resume_from_checkpoint`; by default the last one in the output folder; "false" for none."""
-        given = self.args.resume_from_checkpoint
-        if given is not None:
-            return None if given.lower() == "false" else given
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-        if last is not None:
-            logger.warning(f"Resuming from {last}. (To start anew: --resume_from_checkpoint false)")
-            self.warn_of_other_settings(Path(last) / SETTINGS)
-        return last
+        """
+        `args.resume_from_checkpoint`; by default the last one in the output folder; "false" for none.
 
-    def warn_of_other_settings(self, file: Path) -> None:
-        """Names the settings that are not those of the checkpoint that training resumes from."""
-        if not file.exists():
-            return
-        found, ours = json.loads(file.read_text()), json.loads(self.args.to_json_string())
-        if different := sorted(name for name in ours if name in found and ours[name] != found[name]):
-            logger.warning(f"These settings differ from the checkpoint's: {', '.join(different)}.")
+        Raises:
+            ValueError: if that checkpoint is incomplete or damaged.
+        """
+        given = self.args.resume_from_checkpoint
+        if given is None:
+            if self.is_world_process_zero() and Path(self.args.output_dir).is_dir():
+                last_complete(self.args.output_dir)
+            self.accelerator.wait_for_everyone()
+            given = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+            if given is not None:
+                logger.warning(f"Resuming from {given}. (To start anew: --resume_from_checkpoint false)")
+        elif given.lower() == "false":
+            return None
+        if given is not None:
+            made_with = read_manifest(Path(given))["settings"]
+            different = sorted(n for n, value in self.settings.items() if n in made_with and made_with[n] != value)
+            if different:
+                logger.warning(f"These settings differ from the checkpoint's: {', '.join(different)}.")
+        return given
+
+    def take_finished(self, checkpoint: str) -> dict[str, float] | None:
+        """Loads the last checkpoint of a run that has no step left, and returns no metrics; else None."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step or self.sharded:
+            return None
+        logger.warning(f"{checkpoint} is the end of this run: nothing is trained.")
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return {}
+
+
+class _CheckGradients(TrainerCallback):
+    """Stops before a step with gradients that are not finite."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.scaler is not None or self.trainer.sharded:
+            return  # a loss scale finds its measure by gradients that overflow
+        gradients = [p.grad for _, p in self.trainer.trained_parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise FloatingPointError(
+                f"Gradients are not finite in step {state.global_step + 1}, clips "
+                f"{', '.join(self.trainer.batch_ids)}: lower the learning rate, or train in float32."
+            )
+
+
+def run_stage(config_class, new_trainer: Callable[[Any], StageTrainer], arguments: Sequence[str] | None = None) -> int:
+    """
+    The command line of a stage: trains as recipe and options say.
+
+    Args:
+        config_class: The stage's settings.
+        new_trainer (`Callable`): Makes the trainer from them.
+        arguments (`Sequence[str]`, *optional*): `[RECIPE] [--setting value ...]`; those of this process by default.
+
+    Returns:
+        `int`: the exit code.
+    """
+
+    def train(config) -> int:
+        new_trainer(config).run(command_line(), config.dataset)
+        return 0
+
+    code = run_recipe(config_class, train, arguments)
+    leave_group()  # out here, where nothing refers to the trainer any more
+    return code
 
 
 def train_only(model: nn.Module, trained: list[str]) -> None:
     """
-    Freezes a model but for some modules or parameters, which are kept in float32.
+    Freezes a model but for some modules or parameters, which are kept in float32 at least.
 
     Args:
-        model: The model.
-        trained: Their names.
+        model (`nn.Module`): The model.
+        trained (`list[str]`): Their names.
 
     Raises:
         ValueError: if a name is no module and no parameter of the model.
@@ -392,7 +410,7 @@ def train_only(model: nn.Module, trained: list[str]) -> None:
         if not chosen:
             raise ValueError(f"The model has no `{name}` to train.")
         for parameter in chosen:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
 
 
@@ -404,30 +422,3 @@ def eval_if_frozen(module: nn.Module) -> None:
         return
     for child in module.children():
         eval_if_frozen(child)
-
-
-@torch.no_grad()
-def load_trained(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], source) -> None:
-    """
-    Copies tensors of a checkpoint into parameters.
-
-    Args:
-        parameters: What trains, by name.
-        tensors: What the checkpoint holds, by name.
-        source: The checkpoint, for messages.
-
-    Raises:
-        ValueError: if names or shapes differ; lists them. Nothing is copied then.
-    """
-    problems = [f"{name} is not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
-    problems += [f"{name} does not train in this run" for name in sorted(tensors.keys() - parameters.keys())]
-    problems += [
-        f"{name} has the shape {list(tensors[name].shape)}, the model's is {list(parameters[name].shape)}"
-        for name in sorted(parameters.keys() & tensors.keys())
-        if tensors[name].shape != parameters[name].shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source} does not fit: {'; '.join(problems[:5])}{more}.")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])

@@ -23,31 +23,32 @@ from functools import partial
 from itertools import permutations
 from pathlib import Path
 
+from transformers.hf_argparser import HfArg
+
 from examples.sounding_world.demo import RECIPES, Demo, DemoConfig, Stage, claim
 from examples.sounding_world.report import COLUMNS
 from trainers.dali.alignment import LOSSES
-from trainers.recipes import parse_recipe
+from trainers.dali.data_collator import Modality
+from trainers.recipes import run_recipe
 
 FINAL = "after distillation, sound"
 TWIN_STARTS_FROM = "attentive_ot"
+MODALITIES: dict[str, Modality] = {"sound": "audio", "sound and picture": "audio_image"}
 
 
 @dataclass
 class AblationConfig:
-    """
-    Settings of the ablation.
+    """Settings of the ablation."""
 
-    Args:
-        demo: Folder of the demonstration whose world, captioner and prefix are used.
-        recipes: Folder of the stages' recipes.
-        seeds: Divided by commas.
-        losses: Of the alignment, divided by commas; `attentive_ot` is always among them: the twin starts from it.
-    """
-
-    demo: str = "runs/demo"
-    recipes: str = str(RECIPES)
-    seeds: str = "0,1,2"
-    losses: str = "attentive_ot,ot,sinkhorn,mmd,contrastive"
+    demo: str = HfArg(
+        default="runs/demo", help="Folder of the demonstration whose world, captioner and prefix are used."
+    )
+    recipes: str = HfArg(default=str(RECIPES), help="Folder of the stages' recipes.")
+    seeds: str = HfArg(default="0,1,2", help="Divided by commas.")
+    losses: str = HfArg(
+        default="attentive_ot,ot,sinkhorn,mmd,contrastive",
+        help="Of the alignment, divided by commas; attentive_ot must be among them: the twin starts from it.",
+    )
 
     def __post_init__(self):
         chosen = self.losses.split(",")
@@ -68,9 +69,11 @@ def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
     demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
     demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
     scores = {
-        f"{when} distillation, {what}": demo.scores(f"{base}/{folder}", modality, folder == "aligned" or with_picture)
+        f"{when} distillation, {what}": demo.scores(
+            f"{base}/{folder}", modality, prefix=folder == "aligned" or modality == "audio_image"
+        )
         for when, folder in (("before", "aligned"), ("after", "model"))
-        for what, modality, with_picture in (("sound", "audio", False), ("sound and picture", "audio_image", True))
+        for what, modality in MODALITIES.items()
     }
     scores[f"{FINAL}, unseen combinations"] = demo.scores(f"{base}/model", variant="unseen_combinations")
     return scores
@@ -188,12 +191,17 @@ def above(runs: Mapping[str, Mapping], losses: Sequence[str], seeds: Sequence[in
     return counts
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs as the command line says."""
-    config = parse_recipe(AblationConfig, sys.argv[1:] if arguments is None else arguments)
+def show_table(config: AblationConfig) -> int:
+    """Runs the ablation and prints its table."""
     run(config)
     print((Path(config.demo) / "ablation" / "table.md").read_text())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs as the command line says."""
+    return run_recipe(AblationConfig, show_table, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,15 +33,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_dali.processing_audio import IGNORED, QUESTION
-from trainers.model_card import command_line
-from trainers.processes import leave_group
-from trainers.recipes import load_rows, parse_recipe
+from trainers.recipes import load_rows
 from trainers.rows import SkippedSamples, UnreadableSampleError, pick, read_image, sample_rng
-from trainers.stage import StageTrainer
+from trainers.stage import StageArguments, StageTrainer, run_stage
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
 PROMPT = "USER: <image>\n{} ASSISTANT:"  # as the chat template renders it
@@ -64,41 +62,23 @@ RARE = -4.0  # logit of a word before training: most words are in few pictures
 
 
 @dataclass
-class CaptionerConfig(TrainingArguments):
-    """
-    Settings of the captioner.
-
-    Args:
-        dataset: Data set with `image`, `question` and `captions` (see [`load_rows`]).
-        train_split: Its split.
-        image_size: Side of the pictures in pixels.
-        patch_size: Side of the patches; divides the former.
-        hidden_size: Width of the image tower and the language model.
-        vision_layers, text_layers: Blocks of the two.
-        num_heads: Attention heads of the two.
-        words_weight: Weight of the loss by which image tokens learn to name words.
-        token_noise: Noise on the image tokens, in standard deviations of theirs.
-        most_tokens: How many times the tokens of a picture the language model must be able to read.
-
-    All other arguments are those of [`~transformers.TrainingArguments`].
-    """
-
-    # Data
-    dataset: str = ""
-    train_split: str = "train"
+class CaptionerConfig(StageArguments):
+    """Settings of the captioner. The data set has `image`, `question` and `captions`."""
 
     # Model
-    image_size: int = 48
-    patch_size: int = 8
-    hidden_size: int = 128
-    vision_layers: int = 3
-    text_layers: int = 2
-    num_heads: int = 4
+    image_size: int = HfArg(default=48, help="Side of the pictures in pixels.")
+    patch_size: int = HfArg(default=8, help="Side of the patches in pixels; divides image_size.")
+    hidden_size: int = HfArg(default=128, help="Width of the image tower and the language model.")
+    vision_layers: int = HfArg(default=3, help="Blocks of the image tower.")
+    text_layers: int = HfArg(default=2, help="Blocks of the language model.")
+    num_heads: int = HfArg(default=4, help="Attention heads of the two.")
 
     # Optimisation
-    words_weight: float = 10.0
-    token_noise: float = 0.7
-    most_tokens: float = 2.8
+    words_weight: float = HfArg(default=10.0, help="Weight of the loss by which image tokens learn to name words.")
+    token_noise: float = HfArg(default=0.7, help="Noise on the image tokens, in standard deviations of theirs.")
+    most_tokens: float = HfArg(
+        default=2.8, help="How many times the tokens of a picture the language model must be able to read."
+    )
     learning_rate: float = 2.5e-3
     max_steps: int = 800
     per_device_train_batch_size: int = 64
@@ -356,14 +336,6 @@ class CaptionerTrainer(StageTrainer):
         self.processing_class.save_pretrained(folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says."""
-    config = parse_recipe(CaptionerConfig, sys.argv[1:] if arguments is None else arguments)
-    rows = load_rows(config.dataset, config.train_split)
-    model, processor = new_captioner(config, texts_of(rows))
-    CaptionerTrainer(model, config, processor, rows).run(command_line(), config.dataset)
-
-
 def answers_of(rows) -> dict[str, set[str]]:
     """All captions of a data set by the question that they answer."""
     answers: dict[str, set[str]] = {}
@@ -378,6 +350,17 @@ def texts_of(rows) -> list[str]:
     return [*answers, *set().union(*answers.values())]
 
 
+def new_trainer(config: CaptionerConfig) -> CaptionerTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    rows = load_rows(config.dataset, config.train_split)
+    model, processor = new_captioner(config, texts_of(rows))
+    return CaptionerTrainer(model, config, processor, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(CaptionerConfig, new_trainer, arguments)
+
+
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

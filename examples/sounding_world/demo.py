@@ -42,6 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from datasets_scripts.sounding_world import SYNONYMS, sounding_world, vocabulary
@@ -50,12 +51,13 @@ from examples.sounding_world.report import write_report
 from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
 from modeling_dali.explain import explain, find_scorers
 from trainers.dali.alignment import LOSSES, AlignmentConfig, AlignmentTrainer
+from trainers.dali.data_collator import Modality
 from trainers.dali.distillation import DistillationConfig, DistillationTrainer, join_captions
 from trainers.dali.evaluate import EvaluationConfig, predict, score, table, write
 from trainers.dali.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, write_pseudo_captions
 from trainers.processes import run_in_processes
-from trainers.recipes import load_model, parse_recipe
+from trainers.recipes import load_model, parse_recipe, run_recipe
 from trainers.rows import read_audio, read_image, without_decoding
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -65,43 +67,32 @@ VIDEO_RATE = 10  # frames per second of the samples
 
 @dataclass
 class DemoConfig:
-    """
-    Settings of the demonstration.
+    """Settings of the demonstration."""
 
-    Args:
-        output: Folder of everything it makes.
-        recipes: Folder of the stages' recipes; those of this project by default.
-        seed: Of the world, the weights and the order of the data.
-        processes: That make the world, and share the training of the audio encoder where there is no GPU.
-        image_size: Side of the pictures in pixels.
-        duration: Length of the sounds in seconds.
-        frames: Pictures per video.
-        captions, prefix, video, distillation, supervised, test: Rows of each split.
-        num_mel_bins, audio_patch_size, audio_width, audio_layers, audio_heads: Sizes of the audio encoder.
-    """
-
-    output: str = "runs/demo"
-    recipes: str = str(RECIPES)
-    seed: int = 0
-    processes: int = 2
+    output: str = HfArg(default="runs/demo", help="Folder of everything it makes.")
+    recipes: str = HfArg(default=str(RECIPES), help="Folder of the stages' recipes.")
+    seed: int = HfArg(default=0, help="Of the world, the weights and the order of the data.")
+    processes: int = HfArg(
+        default=2, help="That make the world, and share the training of the audio encoder where there is no GPU."
+    )
 
     # World
-    image_size: int = 48
-    duration: float = 2.56
-    frames: int = 4
-    captions: int = 8000
-    prefix: int = 16
-    video: int = 3000
-    distillation: int = 1000
-    supervised: int = 1000
-    test: int = 200
+    image_size: int = HfArg(default=48, help="Side of the pictures in pixels.")
+    duration: float = HfArg(default=2.56, help="Length of the sounds in seconds.")
+    frames: int = HfArg(default=4, help="Pictures per video.")
+    captions: int = HfArg(default=8000, help="Pictures with captions, for the captioner.")
+    prefix: int = HfArg(default=16, help="Pictures with captions of their sound, for stage 1a.")
+    video: int = HfArg(default=3000, help="Videos for stage 1b.")
+    distillation: int = HfArg(default=1000, help="Videos for stage 2.")
+    supervised: int = HfArg(default=1000, help="Sounds with captions, for the supervised twin.")
+    test: int = HfArg(default=200, help="Rows of each test split.")
 
     # Audio encoder
-    num_mel_bins: int = 64
-    audio_patch_size: int = 16
-    audio_width: int = 96
-    audio_layers: int = 3
-    audio_heads: int = 4
+    num_mel_bins: int = HfArg(default=64, help="Mel bins of the features.")
+    audio_patch_size: int = HfArg(default=16, help="Side of the audio encoder's patches.")
+    audio_width: int = HfArg(default=96, help="Width of the audio encoder.")
+    audio_layers: int = HfArg(default=3, help="Blocks of the audio encoder.")
+    audio_heads: int = HfArg(default=4, help="Attention heads of the audio encoder.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +249,8 @@ class Demo:
 
     def settings(self, kind: type, recipe: str, folder: str, **paths) -> Any:
         """The settings of a stage: its recipe, with this run's folders and seed."""
-        given = {"output_dir": str(self.output / folder), "seed": self.config.seed, **paths}
+        kind_of_output = "output" if kind is PseudoCaptionConfig else "output_dir"
+        given = {kind_of_output: str(self.output / folder), "seed": self.config.seed, **paths}
         arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
         if kind is not PseudoCaptionConfig:
             arguments += ["--disable_tqdm", "true"]
@@ -420,13 +412,15 @@ class Demo:
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
-    def scores(self, folder: str, modality: str = "audio", prefix: bool = False, variant: str = "standard") -> dict:
+    def scores(
+        self, folder: str, modality: Modality = "audio", prefix: bool = False, variant: str = "standard"
+    ) -> dict:
         """Captions a test split with a model, writes the predictions, and scores them."""
         model, processor = self.model(folder, prefix)
         target = self.output / "evaluation" / f"{folder}-{modality}-{variant}".replace("/", "-")
         config = EvaluationConfig(
             model=str(self.output / folder),
-            data=str(self.output / "world" / variant),
+            dataset=str(self.output / "world" / variant),
             modality=modality,
             output=str(target),
             batch_size=100,
@@ -715,10 +709,8 @@ def run(config: DemoConfig) -> dict:
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs as the command line says."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    config = parse_recipe(DemoConfig, given)
+def show_results(config: DemoConfig) -> int:
+    """Runs the demonstration and prints what came out."""
     results = run(config)
     columns = ("cider_d", "rouge_l", "bleu_4", "recall", "precision")
     print(table({name: {c: scores[c] for c in columns} for name, scores in results["variants"].items()}))
@@ -729,6 +721,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{spent['wall']:.0f} s, of processor time {spent['cpu']:.0f} s. Report: {config.output}/report.html")
     print(f"Try: dali caption {config.output}/samples/*.wav --model {config.output}/model")
 
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs as the command line says."""
+    return run_recipe(DemoConfig, show_results, arguments)
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Stage 1b: an audio encoder learns, from video alone, tokens distributed like the image tokens of the frame.
 
-    python -m trainers.dali.alignment recipes/dali/alignment.yaml [--field value ...]
+    python -m trainers.dali.alignment dali/alignment [--setting value ...]
 
 One step: audio tokens A of a clip [B, n, d] and image tokens I of one of its frames [B, m, d] (frozen tower); token
 weights alpha, beta (uniform, or scored by cross-attention); a loss between the two weighted sets, averaged over the
@@ -14,16 +14,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers import EvalPrediction, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from modeling_dali import DaliAudioModel, DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.explain import save_scorers
 from trainers.dali import image_token_cache
 from trainers.dali.data_collator import AlignmentCollator
+from trainers.fingerprints import rows_hash, weights_hash
 from trainers.losses import (
     EntropySchedule,
     TransportScorer,
@@ -34,97 +36,77 @@ from trainers.losses import (
     mmd,
     optimal_transport,
 )
-from trainers.model_card import command_line
-from trainers.processes import leave_group
-from trainers.recipes import load_model, load_rows, parse_recipe
+from trainers.recipes import Dtype, load_model, load_splits
 from trainers.rows import require_columns, without_decoding
-from trainers.stage import StageTrainer
+from trainers.stage import StageArguments, StageTrainer, run_stage
 
-LOSSES = ("mmd", "ot", "sinkhorn", "unbalanced_ot", "attentive_ot", "contrastive")
+AlignmentLoss = Literal["attentive_ot", "contrastive", "mmd", "ot", "sinkhorn", "unbalanced_ot"]
+LOSSES = get_args(AlignmentLoss)
 
 
 @dataclass
-class AlignmentConfig(TrainingArguments):
-    """
-    Settings of stage 1b.
-
-    Args:
-        model: Folder or Hub id of a LLaVA checkpoint or of a DALI model.
-        audio_encoder: Where the audio encoder of a LLaVA checkpoint starts from (see [`load_model`]).
-        dtype: Of the frozen weights.
-        dataset: Data set with `audio` and `frames` or `image` (see [`load_rows`]).
-        train_split, eval_split: Its splits; no evaluation without the second.
-        train_rows: Rows of one pass over a stream; makes the training data be streamed.
-        max_skipped: Tolerated share of samples that cannot be decoded.
-        loss: `"mmd"`, `"ot"`, `"sinkhorn"`, `"unbalanced_ot"`, `"attentive_ot"` or `"contrastive"`.
-        epsilon: Entropic regularisation of `sinkhorn` and `unbalanced_ot`, relative to the mean cost.
-        marginal_penalty: Of `unbalanced_ot`, relative to the mean cost.
-        temperature: Of `contrastive`.
-        attentive_solver: Of `attentive_ot`: `"exact"`, `"sinkhorn"` or `"unbalanced"`.
-        scorer_heads: Heads of the scorers' attention; 0 for the paper's single plain attention.
-        scorer_temperature: Of the softmax over tokens.
-        uniform_mix: Share of uniform weights in the scored ones.
-        entropy_start, entropy_end: Weight lambda of the entropies, at first and in the end.
-        uniform_epochs: Epochs with uniform weights; from their end lambda falls.
-        entropy_decay_end: Epochs after which lambda is `entropy_end`.
-        entropy_staircase: Whether lambda falls by steps, at the end of each epoch, as in the released code; else
-            linearly.
-        encoder_transport_gradient: Factor of the transport's gradient for the encoder, in `attentive_ot` once weights
-            are scored. 1 is the gradient of the loss; 2 is what the released code has by its two backward passes.
-        mask_padding: Whether audio tokens that are padding only are left out of the loss.
-        augment: Whether to add noise and roll the time axis.
-        first_frame: Whether the first frame of a clip is always taken, as in the released code; else a random one.
-        cache_image_tokens: Folder in which image tokens are kept, so that the image tower runs once per frame.
-        cache_features: Whether the features of all clips are kept in memory; for small data sets.
-        train_positions: Whether the positions of CAV-MAE's encoder train, as in the released code.
-        scorer_learning_rate: Of the scorers.
-        halve_after, halve_every: With `lr_scheduler_type: constant`, the learning rate is halved at these epochs:
-            after the first number, then every second number; never if the first is 0.
-        halve_scorers: Whether that holds for the scorers too; not in the released code.
-
-    All other arguments are those of [`~transformers.TrainingArguments`].
-    """
+class AlignmentConfig(StageArguments):
+    """Settings of stage 1b. The data set has `audio` and `frames` or `image`."""
 
     # Model and data
-    model: str = "llava-hf/llava-1.5-7b-hf"
-    audio_encoder: str | None = None
-    dtype: str = "float32"
-    dataset: str = ""
-    train_split: str = "train"
-    eval_split: str = ""
-    train_rows: int | None = None
-    max_skipped: float = 0.01
-    augment: bool = True
-    first_frame: bool = False
-    mask_padding: bool = False
-    cache_image_tokens: str | None = None
-    cache_features: bool = False
+    model: str = HfArg(default="llava-hf/llava-1.5-7b-hf", help="Folder or Hub id of a LLaVA or DALI model.")
+    audio_encoder: str | None = HfArg(
+        default=None,
+        help="Where the audio encoder of a LLaVA model starts from: a CAV-MAE or DALI .pth, or the folder or Hub id "
+        "of an audio model; none for random weights.",
+    )
+    dtype: Dtype = HfArg(default="float32", help="Type of the frozen weights.")
+    augment: bool = HfArg(default=True, help="Add noise to the features and roll their time axis.")
+    first_frame: bool = HfArg(
+        default=False, help="Take the first frame of each clip, as the released code does, and not a random one."
+    )
+    mask_padding: bool = HfArg(default=False, help="Leave audio tokens that are padding only out of the loss.")
+    cache_image_tokens: str | None = HfArg(
+        default=None, help="Folder that keeps image tokens, so that the image tower runs once per frame."
+    )
+    cache_features: bool = HfArg(default=False, help="Keep the features of all clips in memory; for small data sets.")
 
     # Loss
-    loss: str = "attentive_ot"
-    epsilon: float = 5e-4
-    marginal_penalty: float = 1.0
-    temperature: float = 0.05
+    loss: AlignmentLoss = HfArg(default="attentive_ot", help="Distance between the token sets.")
+    epsilon: float = HfArg(
+        default=5e-4, help="Entropic regularisation of sinkhorn and unbalanced_ot, relative to the mean cost."
+    )
+    marginal_penalty: float = HfArg(default=1.0, help="Of unbalanced_ot, relative to the mean cost.")
+    temperature: float = HfArg(default=0.05, help="Of contrastive.")
 
     # Attentive optimal transport
-    attentive_solver: str = "exact"
-    scorer_heads: int = 8
-    scorer_temperature: float = 20.0
-    uniform_mix: float = 0.5
-    entropy_start: float = 500.0
-    entropy_end: float = 100.0
-    uniform_epochs: float = 1.0
-    entropy_decay_end: float = 5.0
-    entropy_staircase: bool = True
-    encoder_transport_gradient: float = 1.0
+    attentive_solver: Literal["exact", "sinkhorn", "unbalanced"] = HfArg(
+        default="exact", help="How attentive_ot solves the transport."
+    )
+    scorer_heads: int = HfArg(
+        default=8, help="Heads of the scorers' attention; 0 for the paper's single plain attention."
+    )
+    scorer_temperature: float = HfArg(default=20.0, help="Of the scorers' softmax over tokens.")
+    uniform_mix: float = HfArg(default=0.5, help="Share of uniform weights in the scored ones.")
+    entropy_start: float = HfArg(default=500.0, help="Weight lambda of the entropies at first.")
+    entropy_end: float = HfArg(default=100.0, help="Weight lambda of the entropies in the end.")
+    uniform_epochs: float = HfArg(default=1.0, help="Epochs with uniform weights; from their end lambda falls.")
+    entropy_decay_end: float = HfArg(default=5.0, help="Epochs after which lambda is entropy_end.")
+    entropy_staircase: bool = HfArg(
+        default=True, help="Let lambda fall by steps, at the end of each epoch, as the released code does."
+    )
+    encoder_transport_gradient: float = HfArg(
+        default=1.0,
+        help="Factor of the transport's gradient for the encoder once weights are scored: 1 is the gradient of the "
+        "loss, 2 what the released code has by its two backward passes.",
+    )
 
     # Optimisation
-    train_positions: bool = True
+    train_positions: bool = HfArg(default=True, help="Train the positions of CAV-MAE's encoder, as published.")
     learning_rate: float = 1e-4
-    scorer_learning_rate: float = 1e-4
-    halve_after: float = 10.0
-    halve_every: float = 5.0
-    halve_scorers: bool = False
+    scorer_learning_rate: float = HfArg(default=1e-4, help="Learning rate of the scorers.")
+    halve_after: float = HfArg(
+        default=10.0, help="Epochs after which a constant learning rate is halved for the first time; 0 for never."
+    )
+    halve_every: float = HfArg(default=5.0, help="Epochs after which it is halved again.")
+    halve_scorers: bool = HfArg(
+        default=False, help="Halve the scorers' learning rate too, which the released code does not."
+    )
     lr_scheduler_type: str = "constant"
     adam_beta1: float = 0.95
     adam_beta2: float = 0.999
@@ -134,11 +116,6 @@ class AlignmentConfig(TrainingArguments):
     per_device_train_batch_size: int = 256
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` is one of {', '.join(LOSSES)}, not {self.loss!r}.")
 
 
 class AlignmentModel(nn.Module):
@@ -163,13 +140,9 @@ class AlignmentModel(nn.Module):
                 args.scorer_temperature,
                 args.uniform_mix,
             )
-        self._dali = (dali,)  # in a tuple: its other parts are no parts of this module
+        self.get_audio_tokens, self.audio_token_mask = dali.model.get_audio_tokens, dali.model.audio_token_mask
+        self.get_image_tokens = dali.get_image_tokens
         self._no_split_modules = [*(dali.model.audio_tower._no_split_modules or []), *(dali._no_split_modules or [])]
-
-    @property
-    def dali(self) -> DaliForConditionalGeneration:
-        """The whole model."""
-        return self._dali[0]
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """Checkpoints the activations of the audio encoder."""
@@ -198,13 +171,13 @@ class AlignmentModel(nn.Module):
         Returns:
             `losses` [B]; in eval mode also `audio` and `image`, moments of both token sets (see [`moments`]).
         """
-        audio = self.dali.model.get_audio_tokens(input_features)  # A [B, n, d]
+        audio = self.get_audio_tokens(input_features)  # A [B, n, d]
         if pixel_values is not None:
             with torch.no_grad():
-                image_tokens = self.dali.get_image_tokens(pixel_values)  # I [B, m, d]
+                image_tokens = self.get_image_tokens(pixel_values)  # I [B, m, d]
         assert image_tokens is not None, "a batch has `pixel_values` or `image_tokens`"
         image = image_tokens.to(audio.dtype)
-        mask = None if input_features_mask is None else self.dali.model.audio_token_mask(input_features_mask)
+        mask = None if input_features_mask is None else self.audio_token_mask(input_features_mask)
         weights: dict[str, Any] = {"audio_mask": mask, "pair_confidence": pair_weight}
 
         losses: Any
@@ -486,8 +459,8 @@ def cache_image_tokens(
         return model.get_image_tokens(pixels.to(device, tower.dtype))
 
     identity = {
-        "weights": image_token_cache.weights_hash(tower),
-        "ids": image_token_cache.rows_hash(rows),
+        "weights": weights_hash(tower),
+        "rows": rows_hash(rows),
         "preprocessing": processor.image_processor.to_json_string(),
         "layers": [model.config.vision_feature_layer, model.config.vision_feature_select_strategy],
     }
@@ -503,16 +476,17 @@ def cache_image_tokens(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says."""
-    config = parse_recipe(AlignmentConfig, sys.argv[1:] if arguments is None else arguments)
-    train_rows = load_rows(config.dataset, config.train_split, streaming=bool(config.train_rows))
-    eval_rows = load_rows(config.dataset, config.eval_split) if config.eval_split else None
+def new_trainer(config: AlignmentConfig) -> AlignmentTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    train_rows, eval_rows = load_splits(config)
     model, processor = load_model(config.model, config.audio_encoder, config.dtype, config.seed)
-    trainer = AlignmentTrainer(model, config, processor, train_rows, eval_rows)
-    trainer.run(command_line(), config.dataset)
+    return AlignmentTrainer(model, config, processor, train_rows, eval_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(AlignmentConfig, new_trainer, arguments)
 
 
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

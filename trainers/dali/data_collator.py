@@ -9,7 +9,7 @@ random, from (seed, epoch, id) alone. So they are the same whichever worker, pro
 without an epoch get the middle frame, the first caption and no augmentation.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from trainers.rows import (
     sample_rng,
 )
 
+Modality = Literal["audio", "image", "audio_image"]
 NOISE = 0.1  # largest amplitude of the uniform noise on normalised log-mel frames
 
 

@@ -1,6 +1,6 @@
 """Stage 2, second half: the audio projector learns to say from sound alone what image and sound said together.
 
-    python -m trainers.dali.distillation recipes/dali/distillation.yaml [--field value ...]
+    python -m trainers.dali.distillation dali/distillation [--setting value ...]
 
 With `captions` (a folder of pseudo-captions) this is distillation; with a data set that has captions of its own it is
 supervised fine-tuning. Only the audio copy of the projector trains; LoRA on the language model and the audio encoder
@@ -18,60 +18,41 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
-from trainers.dali.pseudo_captions import read_captions
-from trainers.model_card import command_line
-from trainers.processes import leave_group
-from trainers.recipes import load_model, load_rows, parse_recipe
+from trainers.dali.pseudo_captions import read_pseudo_captions
+from trainers.recipes import Dtype, load_model, load_splits
 from trainers.rows import sample_id
-from trainers.stage import StageTrainer
+from trainers.stage import StageArguments, StageTrainer, run_stage
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
-    """
-    Settings of stage 2.
-
-    Args:
-        model: Folder or Hub id of an aligned DALI model.
-        dtype: Of the frozen weights.
-        dataset: Data set with `audio` (see [`load_rows`]), and with `caption` or `captions` unless these come from
-            `captions`.
-        train_split, eval_split: Its splits; no evaluation without the second.
-        train_rows: Rows of one pass over a stream; makes the training data be streamed.
-        captions: Folder of pseudo-captions, joined to the training data by `id`.
-        max_skipped: Tolerated share of samples that cannot be decoded.
-        question: What the prompt asks.
-        train_audio_encoder: Whether audio encoder and projection train too.
-        lora_rank: Rank of LoRA on the linear layers of the language model, merged into it in the end; 0 for none.
-            Then captions of images change too.
-        lora_alpha: Scale of LoRA.
-
-    All other arguments are those of [`~transformers.TrainingArguments`].
-    """
+class DistillationConfig(StageArguments):
+    """Settings of stage 2. The data set has `audio`, and without `captions` also `caption` or `captions`."""
 
     # Model and data
-    model: str = ""
-    dtype: str = "float32"
-    dataset: str = ""
-    train_split: str = "train"
-    eval_split: str = ""
-    train_rows: int | None = None
-    captions: str | None = None
-    max_skipped: float = 0.01
-    question: str = QUESTION
+    model: str = HfArg(default="", help="Folder or Hub id of an aligned DALI model.")
+    dtype: Dtype = HfArg(default="float32", help="Type of the frozen weights.")
+    captions: str | None = HfArg(
+        default=None,
+        help="Folder of pseudo-captions, joined to the training data by id in place of its own.",
+    )
+    question: str = HfArg(default=QUESTION, help="What the prompt asks.")
 
     # What trains
-    train_audio_encoder: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
+    train_audio_encoder: bool = HfArg(default=False, help="Train audio encoder and projection too.")
+    lora_rank: int = HfArg(
+        default=0,
+        help="Rank of LoRA on the linear layers of the language model, merged into it in the end; 0 for none. "
+        "With it, captions of images change too.",
+    )
+    lora_alpha: float = HfArg(default=16.0, help="Scale of LoRA.")
 
     # Optimisation
     learning_rate: float = 2e-4
@@ -122,12 +103,12 @@ class DistillationTrainer(StageTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.lora_rank:
             state_dict = merged_state(model, state_dict)
-        model_class = type(model)
-        try:
-            model.__class__ = DaliForConditionalGeneration  # FSDP gives it another one, whose code would be saved
-            model.save_pretrained(folder, state_dict=state_dict)
-        finally:
-            model.__class__ = model_class
+        if state_dict is not None:  # FSDP and LoRA have changed the model's classes: a plain one knows how to be saved
+            generation_config = model.generation_config
+            with torch.device("meta"):
+                model = DaliForConditionalGeneration(model.config)
+            model.generation_config = generation_config
+        model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
 
 
@@ -189,7 +170,7 @@ def join_captions(rows, folder: str):
     Raises:
         ValueError: if none has.
     """
-    captions = {name: caption for name, caption in read_captions(folder).items() if caption}
+    captions = {name: caption for name, caption in read_pseudo_captions(folder).items() if caption}
     rows = rows.remove_columns([name for name in ("caption", "captions") if name in (rows.column_names or [])])
     if hasattr(rows, "__len__"):
         chosen = [index for index, name in enumerate(rows["id"]) if str(name) in captions]
@@ -201,18 +182,19 @@ def join_captions(rows, folder: str):
     return rows.filter(lambda row: sample_id(row) in captions).map(_WithCaption(captions))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says."""
-    config = parse_recipe(DistillationConfig, sys.argv[1:] if arguments is None else arguments)
-    train_rows = load_rows(config.dataset, config.train_split, streaming=bool(config.train_rows))
+def new_trainer(config: DistillationConfig) -> DistillationTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    train_rows, eval_rows = load_splits(config)
     if config.captions:
         train_rows = join_captions(train_rows, config.captions)
-    eval_rows = load_rows(config.dataset, config.eval_split) if config.eval_split else None
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
-    trainer = DistillationTrainer(model, config, processor, train_rows, eval_rows)
-    trainer.run(command_line(), config.dataset)
+    return DistillationTrainer(model, config, processor, train_rows, eval_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(DistillationConfig, new_trainer, arguments)
 
 
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

@@ -1,33 +1,38 @@
 """Captions a data set and scores the captions, as a whole and clip by clip.
 
-    python -m trainers.dali.evaluate --model DIR_OR_ID --data DATA --modality audio|image|audio_image [--output DIR]
+    python -m trainers.dali.evaluate --model DIR_OR_ID --dataset DATA --modality audio|image|audio_image [--output DIR]
 
 Any data set will do that has `id`, `captions` (or `caption`) and what the modality asks for: `audio`, `image` or
 `frames`. With `--synonyms FILE` (JSON: label to the words that name it) and a column `labels`, recall and precision of
 what the labels say are measured too.
 
-Writes into the output folder: `metrics.json` (scores and what they were measured with), `table.md`, `predictions.csv`
-(a line per clip: caption, references, scores) and `ids.txt`, the exact list of clips. Clips that cannot be decoded are
-listed in `skipped.txt` and in the metrics; more of them than `--max_skipped` are an error.
+Writes into the output folder: `captions.jsonl`, before anything is scored; `metrics.json` (scores and what they were
+measured with), `table.md`, `predictions.csv` (a line per clip: caption, references, scores) and `ids.txt`, the exact
+list of clips. Clips that cannot be decoded are listed in `skipped.txt` and in the metrics; more of them than
+`--max_skipped` are an error.
 """
 
 import csv
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from datasets_scripts.files import write_whole
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_audio import MODALITIES, QUESTION
-from trainers.dali.data_collator import DaliDataCollator
-from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard
+from modeling_dali.processing_audio import QUESTION
+from trainers.dali.data_collator import DaliDataCollator, Modality
+from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard, write_captions
 from trainers.metrics.captioning import METRICS, caption_metrics
 from trainers.metrics.labels import label_metrics
 from trainers.model_card import command_line
-from trainers.recipes import load_model, load_rows, parse_recipe
+from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
 
 BLOCK = 1000  # rows that are read at a time
@@ -35,48 +40,35 @@ BLOCK = 1000  # rows that are read at a time
 
 @dataclass
 class EvaluationConfig:
-    """
-    Settings of an evaluation.
+    """Settings of an evaluation."""
 
-    Args:
-        model: Folder or Hub id of a DALI model.
-        data: Data set (see [`load_rows`]).
-        split: Its split.
-        modality: What the model is given: `"audio"`, `"image"` or `"audio_image"`.
-        output: Folder of the results; beside nothing else.
-        prefix: Folder or Hub id of a prefix adapter; by default the model's own prefix, if it has one.
-        question: What the model is asked.
-        metrics: Names divided by commas, or `"all"`: what is missing is then named in the results.
-        tokenizer: Of the metrics: `"plain"`, or `"ptb"` (needs Java).
-        synonyms: JSON file: label to the words that name it; scores the column `labels`.
-        batch_size: Clips that are captioned at once.
-        temperature: Of sampling; 0 takes the most likely word.
-        max_new_tokens: Longest caption.
-        max_skipped: Tolerated share of clips that cannot be decoded.
-        dtype: Of the weights.
-        seed: Of sampling.
-    """
-
-    model: str = ""
-    data: str = ""
-    split: str = "test"
-    modality: str = "audio"
-    output: str = "evaluation"
-    prefix: str | None = None
-    question: str = QUESTION
-    metrics: str = ",".join(METRICS)
-    tokenizer: str = "plain"
-    synonyms: str | None = None
-    batch_size: int = 32
-    temperature: float = 0.0
-    max_new_tokens: int = 64
-    max_skipped: float = 0.0
-    dtype: str = "float32"
-    seed: int = 42
+    model: str = HfArg(default="", help="Folder or Hub id of a DALI model.")
+    prefix: str | None = HfArg(
+        default=None, help="Folder or Hub id of a prefix adapter; by default the model's own prefix, if it has one."
+    )
+    dtype: Literal[Dtype, "auto"] = HfArg(default="auto", help="Type of the weights; auto: as saved.")
+    dataset: str = HfArg(default="", help="Data set: a folder, a file or a Hub id.")
+    split: str | None = HfArg(default=None, help="Its split, where there are several.")
+    modality: Modality = HfArg(default="audio", help="What the model is given.")
+    output: str = HfArg(default="evaluation", help="Folder of the results.")
+    question: str = HfArg(default=QUESTION, help="What the model is asked.")
+    metrics: str = HfArg(
+        default=",".join(METRICS),
+        help="Names divided by commas; all takes those whose files are there, and names the others.",
+    )
+    tokenizer: Literal["plain", "ptb"] = HfArg(default="plain", help="Of the metrics; ptb needs Java.")
+    synonyms: str | None = HfArg(
+        default=None, help="JSON file: label to the words that name it; scores the column labels."
+    )
+    batch_size: int = HfArg(default=32, help="Clips that are captioned at once.")
+    temperature: float = HfArg(default=0.0, help="Of sampling; 0 takes the most likely word.")
+    top_k: int = HfArg(default=50, help="Words that sampling draws from, the most likely ones; 0 for all.")
+    max_new_tokens: int = HfArg(default=64, help="Longest caption.")
+    max_skipped: float = HfArg(default=0.0, help="Largest share of clips that may fail to decode.")
+    seed: int = HfArg(default=42, help="Of sampling.")
 
     def __post_init__(self):
-        if self.modality not in MODALITIES:
-            raise ValueError(f"`modality` is one of {', '.join(MODALITIES)}, not {self.modality!r}.")
+        check_choices(self)
 
 
 def references_of(row: dict) -> list[str]:
@@ -94,7 +86,11 @@ def references_of(row: dict) -> list[str]:
 
 @torch.no_grad()
 def predict(
-    model: DaliForConditionalGeneration, processor: DaliProcessor, rows, config: EvaluationConfig
+    model: DaliForConditionalGeneration,
+    processor: DaliProcessor,
+    rows,
+    config: EvaluationConfig,
+    advance: Callable[[int], object] = lambda clips: None,
 ) -> tuple[dict[str, str], list[str]]:
     """
     Captions all rows.
@@ -102,7 +98,8 @@ def predict(
     Args:
         model, processor: What captions; with a prefix if the model holds one.
         rows: A data set with what the modality needs.
-        config: Modality, question and decoding.
+        config (`EvaluationConfig`): Modality, question and decoding.
+        advance (`Callable`, *optional*): Is told of clips as they are done.
 
     Returns:
         Captions by id, in the order of the rows, and the ids of clips that could not be decoded.
@@ -124,7 +121,7 @@ def predict(
     skipped: list[str] = []
     for start in range(0, len(rows), BLOCK):
         block = [{**rows[i], "index": i} for i in range(start, min(start + BLOCK, len(rows)))]
-        done, missed = caption_shard(model, processor, collator, block, decoding)
+        done, missed = caption_shard(model, processor, collator, block, decoding, advance)
         for row in done:
             if row["id"] in captions:
                 raise ValueError(f"Two clips have the id {row['id']}: ids must differ.")
@@ -197,7 +194,11 @@ def evaluate(model: DaliForConditionalGeneration, processor: DaliProcessor, rows
     require_columns(rows, [("caption", "captions")], "evaluation")  # before the long part
     synonyms = json.loads(Path(config.synonyms).read_text()) if config.synonyms else None
     metrics = "all" if config.metrics == "all" else config.metrics.split(",")
-    captions, skipped = predict(model, processor, rows, config)
+    caption_metrics(["rain", "wind"], [["rain"], ["wind"]], metrics, config.tokenizer)  # raises if one is not there
+    with tqdm(total=len(rows), unit="clip") as bar:
+        captions, skipped = predict(model, processor, rows, config, bar.update)
+    with write_whole(Path(config.output) / "captions.jsonl") as path:
+        write_captions(path, [{"id": name, "caption": caption} for name, caption in captions.items()])
     summary, clips = score(captions, rows, metrics, config.tokenizer, synonyms)
     summary["skipped"] = len(skipped)
     write(Path(config.output), summary, clips, skipped, asdict(config))
@@ -241,10 +242,9 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluates as the command line says."""
-    config = parse_recipe(EvaluationConfig, sys.argv[1:] if arguments is None else arguments)
-    rows = load_rows(config.data, config.split)
+def evaluate_data_set(config: EvaluationConfig) -> int:
+    """Evaluates as the settings say, and prints the scores."""
+    rows = load_rows(config.dataset, config.split)
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
     if config.prefix:
         model.load_prefix(config.prefix)
@@ -256,7 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, reason in summary.get("missing", {}).items():
         print(f"{name} was left out: {reason}")
     print(f"Everything is in {config.output}.")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluates as the command line says."""
+    return run_recipe(EvaluationConfig, evaluate_data_set, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,22 +5,23 @@ done), `offsets.npy` (where each row's frames begin) and `cache.json` (what the 
 killed at any time: what is marked as done is done, and the rest is made by the next run.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 from transformers.utils import logging
 
+from datasets_scripts.files import claim, write_whole
 from trainers.rows import UnreadableSampleError, pick_frame, read_image, sample_id
 
 logger = logging.get_logger(__name__)
 
 MISSING, DONE, UNREADABLE = 0, 1, 2
+NOTE = "cache.json"
 
 
 class ImageTokenCache:
@@ -33,9 +34,7 @@ class ImageTokenCache:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.offsets = np.load(self.folder / "offsets.npy")
-        self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
-        self.state = np.load(self.folder / "state.npy", mmap_mode="r")
+        self.offsets, self.tokens, self.state = _open(self.folder)
 
     def __reduce__(self):
         return ImageTokenCache, (self.folder,)  # dataloader workers map the files by themselves
@@ -95,19 +94,13 @@ def build(
         OSError: if the disk has no room for them; says how much is needed.
     """
     folder = Path(folder)
-    identity = identity | {"rows": len(rows)}
-    if process_index == 0 and not (folder / "cache.json").exists():
-        _allocate(folder, rows, encode, identity)
+    identity = identity | {"length": len(rows)}
+    if process_index == 0 and not (folder / "offsets.npy").exists():
+        claim(folder, identity, NOTE)
+        _allocate(folder, rows, encode)
     barrier()
-    found = json.loads((folder / "cache.json").read_text())
-    if found != identity:
-        different = sorted(name for name in identity.keys() | found.keys() if identity.get(name) != found.get(name))
-        raise ValueError(
-            f"{folder} holds image tokens made with other {', '.join(different)}: delete it or choose another folder."
-        )
-    offsets = np.load(folder / "offsets.npy")
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
-    state = np.load(folder / "state.npy", mmap_mode="r+")
+    claim(folder, identity, NOTE)
+    offsets, tokens, state = _open(folder, "r+")
     share = (row for row in range(process_index, len(rows), num_processes))
     todo = ((row, range(offsets[row], offsets[row + 1])) for row in share)
     pictures = _pictures(rows, ((row, frames) for row, frames in todo if (state[frames] == MISSING).any()), state)
@@ -123,11 +116,19 @@ def build(
     return ImageTokenCache(folder)
 
 
-def _allocate(folder: Path, rows, encode, identity: dict) -> None:
-    """Makes the files; `cache.json` comes last and says that they are there."""
-    from PIL import Image
+def _open(folder: Path, mode: Literal["r", "r+"] = "r") -> tuple[np.ndarray, np.memmap, np.memmap]:
+    """Offsets, tokens and state; raises ValueError if a file is cut short."""
+    files = [folder / f"{name}.npy" for name in ("offsets", "tokens", "state")]
+    try:
+        for file in files:
+            np.load(file, mmap_mode="r")  # "r+" would lengthen a file that is cut short
+        return np.load(files[0]), np.load(files[1], mmap_mode=mode), np.load(files[2], mmap_mode=mode)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"The image tokens in {folder} are damaged ({error}): delete the folder.") from error
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+def _allocate(folder: Path, rows, encode) -> None:
+    """Makes the files; `offsets.npy` comes last and says that they are there."""
     counts = [len(row["frames"] or []) if "frames" in row else 1 for row in _only_pictures(rows)]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     shape = (int(offsets[-1]), *encode([Image.new("RGB", (32, 32))]).shape[1:])
@@ -139,11 +140,9 @@ def _allocate(folder: Path, rows, encode, identity: dict) -> None:
         except OSError as error:
             (folder / "tokens.npy").unlink()
             raise OSError(f"Image tokens need {needed / 2**30:.1f} GiB in {folder}: {error}.") from error
-    np.save(folder / "offsets.npy", offsets)
     np.save(folder / "state.npy", np.zeros(shape[0], dtype=np.uint8))
-    temporary = folder / "cache.json.part"
-    temporary.write_text(json.dumps(identity))
-    temporary.replace(folder / "cache.json")
+    with write_whole(folder / "offsets.npy") as path:
+        np.save(path, offsets)
     logger.warning(f"Image tokens of {shape[0]} frames take {needed / 2**30:.2f} GiB in {folder}.")
 
 
@@ -180,20 +179,3 @@ def _batches(pictures: Iterator[tuple[int, object]], size: int) -> Iterator[tupl
             places, batch = [], []
     if batch:
         yield places, batch
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A hash of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def rows_hash(rows) -> str:
-    """A hash of the ids of a data set in their order."""
-    ids = rows["id"] if hasattr(rows, "select_columns") and "id" in rows.column_names else None
-    if ids is None:
-        ids = [sample_id(rows[index] | {"index": index}) for index in range(len(rows))]
-    return hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()

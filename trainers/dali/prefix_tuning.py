@@ -1,6 +1,6 @@
 """Stage 1a: sixteen soft tokens teach an image captioner to say what would be heard.
 
-    python -m trainers.dali.prefix_tuning recipes/dali/prefix_tuning.yaml [--field value ...]
+    python -m trainers.dali.prefix_tuning dali/prefix_tuning [--setting value ...]
 
 Only the prefix trains, on images with captions of their sound; 16 pairs are enough. The result is a PEFT prompt-tuning
 adapter, which `model.load_prefix(folder)` and peft load.
@@ -12,53 +12,33 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.configuration_dali import PrefixPosition
 from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
-from trainers.model_card import command_line
-from trainers.processes import leave_group
-from trainers.recipes import load_model, load_rows, parse_recipe
-from trainers.stage import StageTrainer
+from trainers.recipes import Dtype, load_model, load_splits
+from trainers.stage import StageArguments, StageTrainer, run_stage
 
 
 @dataclass
-class PrefixTuningConfig(TrainingArguments):
-    """
-    Settings of stage 1a.
-
-    Args:
-        model: Folder or Hub id of a LLaVA checkpoint or of a DALI model.
-        dtype: Of the frozen weights.
-        dataset: Data set with `image`, `caption` or `captions` (see [`load_rows`]).
-        train_split, eval_split: Its splits; no evaluation without the second.
-        train_rows: Rows of one pass over a stream.
-        max_skipped: Tolerated share of samples that cannot be decoded.
-        prefix_length: Number of soft tokens.
-        prefix_position: `"after_media"`, as published, or `"front"`, as PEFT places its prompt.
-        question: What the prompt asks.
-
-    All other arguments are those of [`~transformers.TrainingArguments`].
-    """
+class PrefixTuningConfig(StageArguments):
+    """Settings of stage 1a. The data set has `image`, `caption` or `captions`."""
 
     # Model and data
-    model: str = "llava-hf/llava-1.5-7b-hf"
-    dtype: str = "float32"
-    dataset: str = ""
-    train_split: str = "train"
-    eval_split: str = ""
-    train_rows: int | None = None
-    max_skipped: float = 0.01
+    model: str = HfArg(default="llava-hf/llava-1.5-7b-hf", help="Folder or Hub id of a LLaVA or DALI model.")
+    dtype: Dtype = HfArg(default="float32", help="Type of the frozen weights.")
 
     # Prefix
-    prefix_length: int = 16
-    prefix_position: Literal["after_media", "front"] = "after_media"
-    question: str = QUESTION
+    prefix_length: int = HfArg(default=16, help="Number of soft tokens.")
+    prefix_position: PrefixPosition = HfArg(
+        default="after_media", help="Where they stand: after_media as published, or front as in PEFT."
+    )
+    question: str = HfArg(default=QUESTION, help="What the prompt asks.")
 
     # Optimisation
     learning_rate: float = 1e-3
@@ -111,16 +91,17 @@ class PrefixTuningTrainer(StageTrainer):
             model.model.prefix = prefix
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says."""
-    config = parse_recipe(PrefixTuningConfig, sys.argv[1:] if arguments is None else arguments)
-    train_rows = load_rows(config.dataset, config.train_split, streaming=bool(config.train_rows))
-    eval_rows = load_rows(config.dataset, config.eval_split) if config.eval_split else None
+def new_trainer(config: PrefixTuningConfig) -> PrefixTuningTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    train_rows, eval_rows = load_splits(config)
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
-    trainer = PrefixTuningTrainer(model, config, processor, train_rows, eval_rows)
-    trainer.run(command_line(), config.dataset)
+    return PrefixTuningTrainer(model, config, processor, train_rows, eval_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(PrefixTuningConfig, new_trainer, arguments)
 
 
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Stage 2, first half: the aligned model captions videos from image and sound; no person writes a word.
 
-    python -m trainers.dali.pseudo_captions recipes/dali/pseudo_captions.yaml [--field value ...]
+    python -m trainers.dali.pseudo_captions dali/pseudo_captions [--setting value ...]
 
 Rows are cut into shards of equal size. A shard is captioned by one process, written beside its name and then renamed:
 what stands under a shard's name is whole. A run that was killed goes on with the shards that are missing. Sampling is
@@ -13,97 +13,79 @@ Source: *An Eye for an Ear* (arXiv 2410.05997), section on distillation; decodin
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import datasets
+import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
+from datasets_scripts.files import claim, json_lines, locked, sweep, write_whole
 from datasets_scripts.workers import run_tasks
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.configuration_dali import PrefixPosition
-from modeling_dali.processing_audio import MODALITIES, QUESTION
-from trainers.dali.data_collator import CaptionSample, DaliDataCollator
-from trainers.recipes import load_model, load_rows, parse_recipe
+from modeling_dali.processing_audio import QUESTION
+from trainers.dali.data_collator import CaptionSample, DaliDataCollator, Modality
+from trainers.fingerprints import rows_hash, weights_hash
+from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
 
 logger = logging.get_logger(__name__)
 
-FORMATS = ("jsonl", "parquet")
-ENGINES = ("local", "ray")
-ANYWHERE = ("output_dir", "max_skipped", "engine", "workers", "gpus_per_worker")  # settings that change no caption
+ANYWHERE = ("output", "max_skipped", "engine", "workers", "gpus_per_worker")  # settings that change no caption
 
 
 @dataclass
 class PseudoCaptionConfig:
-    """
-    Settings of pseudo-captioning.
-
-    Args:
-        model: Folder or Hub id of an aligned DALI model.
-        prefix: Folder or Hub id of a prefix adapter (stage 1a); by default the model's own.
-        prefix_position: Where the prefix stands: `"after_media"` or `"front"`; the model's choice by default.
-        dtype: Of the weights.
-        dataset: Data set with `audio` and `frames` or `image` (see [`load_rows`]).
-        split: Its split.
-        streaming: Whether to read rows as they come.
-        max_skipped: Tolerated share of clips that cannot be decoded.
-        modality: What the model is shown: `"audio_image"`, `"audio"` or `"image"`.
-        question: What it is asked.
-        output_dir: Folder of the shards.
-        shard_size: Clips per shard.
-        file_format: `"jsonl"` or `"parquet"`.
-        batch_size: Clips that are captioned at once.
-        temperature: Of sampling; 0 takes the most likely word.
-        max_new_tokens: Longest caption.
-        seed: Of sampling.
-        engine: `"local"` for this process and those that accelerate started, or `"ray"`.
-        workers: Ray workers, each with a model of its own.
-        gpus_per_worker: GPUs that each Ray worker asks for.
-    """
+    """Settings of pseudo-captioning. The data set has `audio` and `frames` or `image`."""
 
     # Model
-    model: str = ""
-    prefix: str | None = None
-    prefix_position: PrefixPosition | None = None
-    dtype: str = "float32"
+    model: str = HfArg(default="", help="Folder or Hub id of an aligned DALI model.")
+    prefix: str | None = HfArg(
+        default=None, help="Folder or Hub id of a prefix adapter (stage 1a); by default the model's own."
+    )
+    prefix_position: PrefixPosition | None = HfArg(
+        default=None, help="Where the prefix stands; by default where it was trained."
+    )
+    dtype: Dtype = HfArg(default="float32", help="Type of the weights.")
 
     # Data
-    dataset: str = ""
-    split: str = "train"
-    streaming: bool = False
-    max_skipped: float = 0.01
+    dataset: str = HfArg(default="", help="Data set: a folder, a file or a Hub id.")
+    split: str = HfArg(default="train", help="Its split.")
+    streaming: bool = HfArg(default=False, help="Read rows as they come.")
+    max_skipped: float = HfArg(default=0.01, help="Largest share of clips that may fail to decode.")
 
     # Output
-    output_dir: str = "pseudo_captions"
-    shard_size: int = 1000
-    file_format: str = "jsonl"
+    output: str = HfArg(default="pseudo_captions", help="Folder of the captions.")
+    shard_size: int = HfArg(default=1000, help="Clips per file of captions.")
+    file_format: Literal["jsonl", "parquet"] = HfArg(default="jsonl", help="Format of the files.")
 
     # Generation
-    modality: str = "audio_image"
-    question: str = QUESTION
-    batch_size: int = 32
-    temperature: float = 0.2
-    max_new_tokens: int = 64
-    seed: int = 42
+    modality: Modality = HfArg(default="audio_image", help="What the model is shown.")
+    question: str = HfArg(default=QUESTION, help="What it is asked.")
+    batch_size: int = HfArg(default=32, help="Clips that are captioned at once.")
+    temperature: float = HfArg(default=0.2, help="Of sampling; 0 takes the most likely word.")
+    top_k: int = HfArg(default=50, help="Words that sampling draws from, the most likely ones; 0 for all.")
+    max_new_tokens: int = HfArg(default=128, help="Longest caption.")
+    seed: int = HfArg(default=42, help="Of sampling.")
 
     # Where it runs
-    engine: str = "local"
-    workers: int = 1
-    gpus_per_worker: float = 0
+    engine: Literal["local", "ray"] = HfArg(
+        default="local", help="local for this process and those that accelerate started; ray for a Ray cluster."
+    )
+    workers: int = HfArg(default=1, help="Ray workers, each with a model of its own.")
+    gpus_per_worker: float = HfArg(default=0.0, help="GPUs that each Ray worker asks for.")
 
     def __post_init__(self):
-        if self.engine not in ENGINES:
-            raise ValueError(f"`engine` is one of {', '.join(ENGINES)}, not {self.engine!r}.")
-        if self.modality not in MODALITIES:
-            raise ValueError(f"`modality` is one of {', '.join(MODALITIES)}, not {self.modality!r}.")
-        if self.file_format not in FORMATS:
-            raise ValueError(f"`file_format` is one of {', '.join(FORMATS)}, not {self.file_format!r}.")
+        check_choices(self)
         if self.shard_size < 1 or self.batch_size < 1:
             raise ValueError("`shard_size` and `batch_size` are at least 1.")
 
@@ -119,7 +101,7 @@ def write_pseudo_captions(
         model: An aligned model, with a prefix or without.
         processor: The model's processor.
         rows: Data set or stream with `audio` and `frames` or `image`.
-        config: Settings; `output_dir` gets `captions-00000.jsonl` ... (`id`, `caption`), and for each shard the ids
+        config: Settings; `output` gets `captions-00000.jsonl` ... (`id`, `caption`), and for each shard the ids
             of clips that could not be decoded, `skipped-00000.json`.
 
     Returns:
@@ -132,20 +114,18 @@ def write_pseudo_captions(
     accelerator = Accelerator()
     collator = new_collator(processor, config)
     require_columns(rows, collator.columns, "pseudo-captioning")
-    folder = Path(config.output_dir)
-    if accelerator.is_main_process:
-        check_settings(folder, collator.prompt, config)
-    accelerator.wait_for_everyone()
-
     model = model.eval().to(accelerator.device)
     shards = islice(
         enumerate(_shards(rows, config.shard_size)), accelerator.process_index, None, accelerator.num_processes
     )
     total = -(-len(rows) // config.shard_size // accelerator.num_processes) if hasattr(rows, "__len__") else None
-    for number, shard in tqdm(shards, total=total, desc="shards", disable=not accelerator.is_main_process):
-        write_shard(model, processor, collator, number, shard, config)
-    accelerator.wait_for_everyone()
-    return count_captions(folder, config.file_format, tell=accelerator.is_main_process)
+    first = accelerator.is_main_process
+    with held_folder(config, model, collator.prompt, rows) if first else nullcontext():
+        accelerator.wait_for_everyone()
+        for number, shard in tqdm(shards, total=total, desc="shards", disable=not first):
+            write_shard(model, processor, collator, number, shard, config)
+        accelerator.wait_for_everyone()
+    return count_captions(Path(config.output), config.file_format, tell=first)
 
 
 def write_on_ray(config: PseudoCaptionConfig) -> dict[str, int]:
@@ -153,7 +133,7 @@ def write_on_ray(config: PseudoCaptionConfig) -> dict[str, int]:
     Captions all rows of a data set on the Ray cluster that this process is connected to, or a new local one.
 
     Args:
-        config: Settings; model, data set and `output_dir` must be where all machines can read them.
+        config: Settings; model, data set and `output` must be where all machines can read them.
 
     Returns:
         As [`write_pseudo_captions`], with the same files.
@@ -168,13 +148,13 @@ def write_on_ray(config: PseudoCaptionConfig) -> dict[str, int]:
     model, processor = open_model(config)
     collator = new_collator(processor, config)
     require_columns(rows, collator.columns, "pseudo-captioning")
-    check_settings(Path(config.output_dir), collator.prompt, config)
-    del model  # each worker has its own
     total = -(-len(rows) // config.shard_size)
-    done = run_tasks(ShardCaptioner(config), range(total), "ray", config.workers, config.gpus_per_worker)
-    for _ in tqdm(done, total=total, desc="shards"):
-        pass
-    return count_captions(Path(config.output_dir), config.file_format)
+    with held_folder(config, model, collator.prompt, rows):
+        del model  # each worker has its own
+        done = run_tasks(ShardCaptioner(config), range(total), "ray", config.workers, config.gpus_per_worker)
+        for _ in tqdm(done, total=total, desc="shards"):
+            pass
+    return count_captions(Path(config.output), config.file_format)
 
 
 class ShardCaptioner:
@@ -226,14 +206,16 @@ def new_collator(processor: DaliProcessor, config: PseudoCaptionConfig) -> DaliD
 
 def write_shard(model, processor, collator, number: int, shard: Callable, config: PseudoCaptionConfig) -> None:
     """Captions a shard and gives its files their names, unless they are there."""
-    folder = Path(config.output_dir)
+    folder = Path(config.output)
     file = folder / f"captions-{number:05d}.{config.file_format}"
     if file.exists():
         return
     set_seed(config.seed * 100_003 + number)
     captions, skipped = caption_shard(model, processor, collator, list(shard()), config)
-    _replace(folder / f"skipped-{number:05d}.json", lambda path: path.write_text(json.dumps(skipped)))
-    _replace(file, lambda path: _write(path, captions, config.file_format))
+    with write_whole(folder / f"skipped-{number:05d}.json") as path:
+        path.write_text(json.dumps(skipped))
+    with write_whole(file) as path:
+        write_captions(path, captions)
 
 
 def count_captions(folder: Path, file_format: str, tell: bool = True) -> dict[str, int]:
@@ -247,23 +229,21 @@ def count_captions(folder: Path, file_format: str, tell: bool = True) -> dict[st
     return counts
 
 
-def check_settings(folder: Path, prompt: str, config: PseudoCaptionConfig) -> None:
+@contextmanager
+def held_folder(config: PseudoCaptionConfig, model: torch.nn.Module, prompt: str, rows) -> Iterator[None]:
     """
-    Notes the settings of a run in its folder, or compares them with those of the run before.
+    Holds the folder of the captions for one run, and notes in it what decides them, or compares it with the note.
 
     Raises:
-        ValueError: if captions of other settings are there.
+        ValueError: if captions of other settings, another model or other data are there.
+        RuntimeError: if another run holds the folder.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ANYWHERE} | {"prompt": prompt}
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "settings.json"
-    if note.exists():
-        found = json.loads(note.read_text())
-        different = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
-        if different:
-            raise ValueError(f"{folder} holds captions made with other {', '.join(different)}: choose another folder.")
-    else:
-        _replace(note, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    settings = {name: value for name, value in asdict(config).items() if name not in ANYWHERE}
+    settings |= {"prompt": prompt, "weights": weights_hash(model), "rows": rows_hash(rows)}
+    with locked(config.output):
+        claim(config.output, settings)
+        sweep(config.output)
+        yield
 
 
 def _shards(rows, size: int) -> Iterator:
@@ -279,10 +259,21 @@ def _shards(rows, size: int) -> Iterator:
 
 
 def caption_shard(
-    model, processor, collator: DaliDataCollator, rows: list[dict], config: PseudoCaptionConfig
+    model,
+    processor,
+    collator: DaliDataCollator,
+    rows: list[dict],
+    config: PseudoCaptionConfig,
+    advance: Callable[[int], object] = lambda clips: None,
 ) -> tuple[list[dict], list[str]]:
     """
     Captions some rows, those of similar length together.
+
+    Args:
+        model, processor, collator: What captions.
+        rows (`list[dict]`): What is captioned.
+        config (`PseudoCaptionConfig`): How.
+        advance (`Callable`, *optional*): Is told of clips as they are done.
 
     Returns:
         `id` and `caption` of each row in its order, and the ids of those that could not be decoded.
@@ -293,6 +284,7 @@ def caption_shard(
         sample = collator.skips.attempt(collator.read, row)
         if sample is None:
             skipped.append(sample_id(row))
+            advance(1)
         else:
             samples[index] = sample
     order = sorted(samples, key=lambda index: sound_length(samples[index]))
@@ -309,6 +301,7 @@ def caption_shard(
             **(sampling if config.temperature else {"do_sample": False}),
         )
         captions |= dict(zip(batch, processor.decode_captions(generated, inputs), strict=True))
+        advance(len(batch))
     return [{"id": sample_id(rows[index]), "caption": captions[index]} for index in sorted(captions)], skipped
 
 
@@ -317,15 +310,9 @@ def sound_length(sample: CaptionSample) -> int:
     return 0 if sample.sound is None else len(sample.sound)
 
 
-def _replace(path: Path, write) -> None:
-    """Writes a file beside its name, then gives it the name: it is never half there."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    part.replace(path)
-
-
-def _write(path: Path, captions: list[dict], file_format: str) -> None:
-    if file_format == "jsonl":
+def write_captions(path: Path, captions: list[dict]) -> None:
+    """Writes `id` and `caption` of clips as JSON lines or parquet, by the suffix."""
+    if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in captions), encoding="utf-8")
     else:
         features = datasets.Features({"id": datasets.Value("string"), "caption": datasets.Value("string")})
@@ -333,15 +320,13 @@ def _write(path: Path, captions: list[dict], file_format: str) -> None:
 
 
 def read_shard(file: Path) -> list[dict]:
-    """Rows of one shard."""
+    """Rows of one file of captions."""
     if file.suffix == ".jsonl":
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    import pyarrow.parquet
-
+        return [row for _, row in json_lines(file)]
     return pyarrow.parquet.read_table(file).to_pylist()
 
 
-def read_captions(folder: str | Path) -> dict[str, str]:
+def read_pseudo_captions(folder: str | Path) -> dict[str, str]:
     """
     All captions of a folder, by id.
 
@@ -349,7 +334,7 @@ def read_captions(folder: str | Path) -> dict[str, str]:
         ValueError: if there are none, or two for one id.
     """
     captions: dict[str, str] = {}
-    for file in sorted(path for name in FORMATS for path in Path(folder).glob(f"captions-*.{name}")):
+    for file in sorted(path for path in Path(folder).glob("captions-*") if path.suffix in (".jsonl", ".parquet")):
         for row in read_shard(file):
             if row["id"] in captions:
                 raise ValueError(f"{file}: there are two captions for the clip {row['id']}; ids must differ.")
@@ -359,15 +344,19 @@ def read_captions(folder: str | Path) -> dict[str, str]:
     return captions
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Captions as the recipe says."""
-    config = parse_recipe(PseudoCaptionConfig, sys.argv[1:] if arguments is None else arguments)
+def caption_data_set(config: PseudoCaptionConfig) -> int:
+    """Captions as the settings say."""
     if config.engine == "ray":
         write_on_ray(config)
-        return
-    rows = load_rows(config.dataset, config.split, config.streaming)
-    write_pseudo_captions(*open_model(config), rows, config)
+    else:
+        write_pseudo_captions(*open_model(config), load_rows(config.dataset, config.split, config.streaming), config)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Captions as the recipe says."""
+    return run_recipe(PseudoCaptionConfig, caption_data_set, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,8 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -24,8 +25,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
 from trainers.losses.barlow_twins import barlow_twins
@@ -33,6 +34,7 @@ from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
 from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
+from trainers.stage import StageArguments
 from trainers.vipant.dataset import ClipDataset
 from trainers.vipant.lars import LARS, lars_groups
 
@@ -50,54 +52,47 @@ TOWERS = {
 
 
 @dataclass
-class ContrastiveConfig(TrainingArguments):
-    """Settings of `ContrastiveTrainer`; the defaults are VA pre-training as in the paper, with Adam.
-
-    Args:
-        model: Folder or Hub name of a VIP-ANT model, or of a CLIP model to start from.
-        dataset: Folder, file or Hub name of the data (see `trainers.vipant.dataset`).
-        train_split: Split to train on.
-        eval_split: Split to evaluate on; none if empty.
-        num_frames: Spectrogram frames of a new audio tower; 1000 is 10 s.
-        pairs: Which kinds are pulled together: "audio-image", "audio-text", "image-text".
-        train_towers: Which towers are trained; the others stay frozen and in eval mode.
-        loss: "contrastive" (symmetric cross entropy, both directions summed) or "barlow_twins".
-        fresh_logit_scales: Whether the logit scales of the pairs start anew at 1 / 0.07, whatever the model's are.
-        max_logit_scale: Upper bound of the learnt logit scales; None for no bound, as in VIP-ANT. CLIP's is 100.
-        micro_batch_size: Clips that go through the towers at once; None for the whole batch.
-        frequency_mask: Widest masked band in mel bins (SpecAugment); 0 for none.
-        time_mask: Longest masked stretch in frames (SpecAugment); 0 for none.
-        max_unreadable: Largest tolerated share of clips that cannot be read.
-        lars: Whether to use LARS in place of `optim`.
-        lars_weight_lr: LARS' rate of weight matrices per 256 clips of the global batch.
-        lars_bias_lr: LARS' rate of biases, norms and scales per 256 clips of the global batch.
+class ContrastiveConfig(StageArguments):
+    """
+    Settings of `ContrastiveTrainer`; the defaults are VA pre-training as in the paper, with Adam. The data set has
+    what `pairs` name: `audio`, `image` or `frames`, `caption` or `captions`.
     """
 
     # Model and data
-    model: str = "openai/clip-vit-base-patch32"
-    dataset: str = ""
-    train_split: str = "train"
-    eval_split: str = ""
-    num_frames: int = 1000
-    max_unreadable: float = 0.01
-    frequency_mask: int = 32
-    time_mask: int = 200
+    model: str = HfArg(default="openai/clip-vit-base-patch32", help="Folder or Hub id of a VIP-ANT or CLIP model.")
+    num_frames: int = HfArg(default=1000, help="Spectrogram frames of a new audio tower; 1000 is 10 s.")
+    frequency_mask: int = HfArg(default=32, help="Widest masked band in mel bins (SpecAugment); 0 for none.")
+    time_mask: int = HfArg(default=200, help="Longest masked stretch in frames (SpecAugment); 0 for none.")
 
     # Objective
-    pairs: list[str] = field(default_factory=lambda: ["audio-image"])
-    train_towers: list[str] = field(default_factory=lambda: ["audio"])
-    loss: str = "contrastive"
-    fresh_logit_scales: bool = True
-    max_logit_scale: float | None = None
-    micro_batch_size: int | None = None
+    pairs: list[str] = HfArg(
+        default_factory=lambda: ["audio-image"], help=f"What is pulled together: {', '.join(SCALES)}."
+    )
+    train_towers: list[str] = HfArg(
+        default_factory=lambda: ["audio"], help=f"Towers that train: {', '.join(TOWERS)}; the others stay frozen."
+    )
+    loss: Literal["contrastive", "barlow_twins"] = HfArg(
+        default="contrastive", help="Symmetric cross entropy, both directions summed, or Barlow Twins."
+    )
+    fresh_logit_scales: bool = HfArg(
+        default=True, help="Start the logit scales of the pairs anew at 1 / 0.07, whatever the model's are."
+    )
+    max_logit_scale: float | None = HfArg(
+        default=None, help="Upper bound of the learnt logit scales; none for no bound, as published. CLIP's is 100."
+    )
+    micro_batch_size: int | None = HfArg(
+        default=None, help="Clips that go through the towers at once; none for the whole batch."
+    )
 
     # Optimisation
     per_device_train_batch_size: int = 432
     learning_rate: float = 5e-4
     weight_decay: float = 1e-6
-    lars: bool = False
-    lars_weight_lr: float = 0.2
-    lars_bias_lr: float = 0.0048
+    lars: bool = HfArg(default=False, help="Use LARS in place of optim.")
+    lars_weight_lr: float = HfArg(default=0.2, help="LARS' rate of weight matrices per 256 clips of the global batch.")
+    lars_bias_lr: float = HfArg(
+        default=0.0048, help="LARS' rate of biases, norms and scales per 256 clips of the global batch."
+    )
 
     # The batch is the objective's own: no partial batches, no columns dropped.
     dataloader_drop_last: bool = True
@@ -106,18 +101,11 @@ class ContrastiveConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-            ValueError: Naming the setting that has an impossible value.
-        """
         super().__post_init__()
         if not self.pairs or not set(self.pairs) <= set(SCALES):
             raise ValueError(f"pairs={self.pairs}: choose among {', '.join(SCALES)}")
         if not self.train_towers or not set(self.train_towers) <= set(self.modalities):
             raise ValueError(f"train_towers={self.train_towers}: choose among {', '.join(self.modalities)}")
-        if self.loss not in ("contrastive", "barlow_twins"):
-            raise ValueError(f"loss={self.loss!r} is neither 'contrastive' nor 'barlow_twins'")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
         if self.max_logit_scale is not None and not self.max_logit_scale > 1:
@@ -360,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains as the recipe says, evaluates, and saves model and processor to `output_dir`."""
     config = parse_recipe(ContrastiveConfig, sys.argv[1:] if arguments is None else arguments)
     model, processor = load_model_and_processor(config.model, config.num_frames)
-    data = {"processor": processor, "modalities": config.modalities, "max_unreadable": config.max_unreadable}
+    data = {"processor": processor, "modalities": config.modalities, "max_skipped": config.max_skipped}
     train = ClipDataset(
         load_rows(config.dataset, config.train_split),
         training=True,

@@ -59,7 +59,7 @@ class ClipDataset(torch.utils.data.Dataset):
             caption are taken and nothing is masked.
         frequency_mask: See `spec_augment`.
         time_mask: See `spec_augment`.
-        max_unreadable: Largest tolerated share of unreadable clips among those read so far (at least a hundred);
+        max_skipped: Largest tolerated share of unreadable clips among those read so far (at least a hundred);
             beyond it `TooManyUnreadableError` is raised.
 
     Raises:
@@ -76,14 +76,14 @@ class ClipDataset(torch.utils.data.Dataset):
         training: bool,
         frequency_mask: int = 0,
         time_mask: int = 0,
-        max_unreadable: float = 0.01,
+        max_skipped: float = 0.01,
     ):
         require_columns(rows, [self.COLUMNS[modality] for modality in modalities], "VIP-ANT")
         self.rows = without_decoding(rows)
         self.processor = processor
         self.training = training
         self.masks = (frequency_mask, time_mask)
-        self.max_unreadable = max_unreadable
+        self.max_skipped = max_skipped
         self.columns = {
             modality: next(name for name in self.COLUMNS[modality] if name in rows.column_names)
             for modality in modalities
@@ -102,11 +102,11 @@ class ClipDataset(torch.utils.data.Dataset):
             except (ValueError, OSError) as error:
                 self.unreadable += 1
                 logger.warning(f"clip {row.get('id', index)} is replaced by the next: {error}")
-                allowed = self.max_unreadable * max(self.read, 100)
+                allowed = self.max_skipped * max(self.read, 100)
                 if self.unreadable > allowed:
                     raise TooManyUnreadableError(
                         f"{self.unreadable} of {self.read} clips could not be read, more than "
-                        f"{self.max_unreadable:.1%}; the last was {row.get('id', index)}: {error}"
+                        f"{self.max_skipped:.1%}; the last was {row.get('id', index)}: {error}"
                     ) from error
         raise TooManyUnreadableError("no clip of the data set can be read")
 

@@ -36,7 +36,7 @@ def embed_sounds(
 ) -> torch.Tensor:
     """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length; raises TooManyUnreadableError at the
     first that cannot be read."""
-    clips = ClipDataset(rows.select_columns(["audio"]), processor, ["audio"], training=False, max_unreadable=0.0)
+    clips = ClipDataset(rows.select_columns(["audio"]), processor, ["audio"], training=False, max_skipped=0.0)
     loader = torch.utils.data.DataLoader(clips, batch_size, collate_fn=clips.collate, num_workers=workers)
     parts = [
         model.get_audio_features(batch["input_features"].to(model.device), normalize=False).pooler_output.float().cpu()

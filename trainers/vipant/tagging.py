@@ -14,59 +14,39 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
+from transformers.hf_argparser import HfArg
 
 from modeling_vipant import VipAntForAudioClassification, VipAntProcessor
 from trainers.metrics.classification import classification_metrics
 from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
+from trainers.stage import StageArguments
 from trainers.vipant.dataset import ClipDataset
 
 
 @dataclass
-class TaggingConfig(TrainingArguments):
-    """Settings of tagging and classification.
-
-    Args:
-        model: Folder or Hub name of a VIP-ANT model.
-        dataset: Folder, file or Hub name of data with `audio` and `labels` (see `trainers.vipant.dataset`).
-        train_split: Split to train on.
-        eval_split: Split to evaluate on; none if empty.
-        fold: Value of the column `fold` to evaluate on, the others to train on; in place of `eval_split`.
-        num_frames: Spectrogram frames; 1000 is 10 s.
-        multi_label: Whether clips have several labels.
-        balanced: Whether rare labels are drawn more often, by inverse frequency.
-        mixup: Share of training examples that are mixed from two clips.
-        frequency_mask: Widest masked band in mel bins (SpecAugment); 0 for none.
-        time_mask: Longest masked stretch in frames (SpecAugment); 0 for none.
-        max_unreadable: Largest tolerated share of clips that cannot be read.
-    """
+class TaggingConfig(StageArguments):
+    """Settings of tagging and classification. The data set has `audio` and `labels`."""
 
     # Model and data
-    model: str = ""
-    dataset: str = ""
-    train_split: str = "train"
-    eval_split: str = ""
-    fold: int | None = None
-    num_frames: int = 1000
-    max_unreadable: float = 0.01
+    model: str = HfArg(default="", help="Folder or Hub id of a VIP-ANT model.")
+    fold: int | None = HfArg(
+        default=None, help="Value of the column fold to evaluate on, the others to train on; in place of eval_split."
+    )
+    num_frames: int = HfArg(default=1000, help="Spectrogram frames; 1000 is 10 s.")
 
     # Objective and augmentation
-    multi_label: bool = True
-    balanced: bool = True
-    mixup: float = 0.5
-    frequency_mask: int = 32
-    time_mask: int = 200
+    multi_label: bool = HfArg(default=True, help="Whether clips have several labels.")
+    balanced: bool = HfArg(default=True, help="Draw rare labels more often, by inverse frequency.")
+    mixup: float = HfArg(default=0.5, help="Share of training examples that are mixed from two clips.")
+    frequency_mask: int = HfArg(default=32, help="Widest masked band in mel bins (SpecAugment); 0 for none.")
+    time_mask: int = HfArg(default=200, help="Longest masked stretch in frames (SpecAugment); 0 for none.")
 
     learning_rate: float = 5e-5
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-            ValueError: Naming the setting that has an impossible value.
-        """
         super().__post_init__()
         if not 0 <= self.mixup <= 1:
             raise ValueError(f"mixup={self.mixup} is a share: choose it in [0, 1]")
@@ -226,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mixup=config.mixup,
         frequency_mask=config.frequency_mask,
         time_mask=config.time_mask,
-        max_unreadable=config.max_unreadable,
+        max_skipped=config.max_skipped,
     )
     evaluation = None
     if eval_rows is not None:
-        evaluation = TaggingDataset(eval_rows, processor, encoder, training=False, max_unreadable=0.0)
+        evaluation = TaggingDataset(eval_rows, processor, encoder, training=False, max_skipped=0.0)
     trainer = TaggingTrainer(
         model,
         config,

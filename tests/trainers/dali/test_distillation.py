@@ -37,7 +37,7 @@ def test_learns_and_needs_no_prefix(tmp_path):
     options = {"num_train_epochs": 15, "per_device_train_batch_size": 4}
     model, processor, config, rows = distill(tmp_path, prefix=4, **options)
     trainer = DistillationTrainer(model, config, processor, rows, rows)
-    assert model.model.prefix is None and "<prefix>" not in trainer.data_collator.prompt
+    assert model.model.prefix is None and "<prefix>" not in trainer.data_collator.collator.prompt
     first = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < first - 0.5
@@ -54,7 +54,7 @@ def test_lora_is_merged_into_the_result(tmp_path):
     changed = {name for name in names if not torch.equal(before[name], saved.state_dict()[name])}
     projections = {n for n in names if "language_model" in n and n.endswith("_proj.weight")}
     assert changed == PROJECTOR | projections
-    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = trainer.data_collator.collator([trainer.train_dataset[0]])
     with torch.no_grad():
         torch.testing.assert_close(saved(**inputs).logits, model.eval()(**inputs).logits, atol=1e-4, rtol=1e-4)
 

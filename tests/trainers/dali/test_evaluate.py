@@ -52,7 +52,7 @@ def test_command_writes_everything(tmp_path, capsys):
     labelled().save_to_disk(str(tmp_path / "labelled"))
     (tmp_path / "words.json").write_text(json.dumps(SYNONYMS))
     out = tmp_path / "out"
-    arguments = ["--model", world["model"], "--data", str(tmp_path / "labelled"), "--modality", "audio_image"]
+    arguments = ["--model", world["model"], "--dataset", str(tmp_path / "labelled"), "--modality", "audio_image"]
     arguments += ["--output", str(out), "--synonyms", str(tmp_path / "words.json"), "--max_new_tokens", "6"]
     main([*arguments, "--metrics", "all"])
     printed = capsys.readouterr().out

@@ -9,7 +9,12 @@ from tests.tiny import tiny_dali
 from tests.trainers.dali import stage_worker
 from tests.trainers.stages import clips, wav
 from trainers.dali import pseudo_captions
-from trainers.dali.pseudo_captions import PseudoCaptionConfig, read_captions, write_on_ray, write_pseudo_captions
+from trainers.dali.pseudo_captions import (
+    PseudoCaptionConfig,
+    read_pseudo_captions,
+    write_on_ray,
+    write_pseudo_captions,
+)
 from trainers.rows import TooManySkippedError, without_decoding
 
 
@@ -20,18 +25,18 @@ def caption(folder, rows=None, kill_shard=-1, rank=0, world=1, port=0, **options
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     if kill_shard >= 0:
-        write = pseudo_captions._write
+        write = pseudo_captions.write_captions
 
-        def cut_short(path, rows, file_format):
-            write(path, rows, file_format)
+        def cut_short(path, rows):
+            write(path, rows)
             if f"-{kill_shard:05d}." in path.name:
                 os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        pseudo_captions._write = cut_short
+        pseudo_captions.write_captions = cut_short
     model, processor = tiny_dali(prefix=4)
     options = {"shard_size": 3, "batch_size": 2, "max_new_tokens": 6, "temperature": 1.0} | options
-    config = PseudoCaptionConfig(output_dir=str(folder), **options)
+    config = PseudoCaptionConfig(output=str(folder), **options)
     return write_pseudo_captions(model, processor, clips(8) if rows is None else rows, config)
 
 
@@ -50,6 +55,28 @@ def test_rows(whole):
     rows = [json.loads(line) for k in range(3) for line in whole[f"captions-{k:05d}.jsonl"].decode().splitlines()]
     assert [row["id"] for row in rows] == [f"clip{i}" for i in range(8)]
     assert all(row.keys() == {"id", "caption"} for row in rows) and len({row["caption"] for row in rows}) > 3
+
+
+def test_sampling_is_the_released_codes(monkeypatch):
+    """`generate` of LLaVA/generate_pseudo_labels.py (line 300): temperature 0.2, 128 tokens, one beam, and
+    transformers' own top_k of 50; greedy where the temperature is 0."""
+    model, processor = tiny_dali(prefix=4)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: (calls.append(given), generate(**given))[1])
+    collator = pseudo_captions.new_collator(processor, PseudoCaptionConfig())
+    for config in (PseudoCaptionConfig(), PseudoCaptionConfig(temperature=0.0)):
+        pseudo_captions.caption_shard(model, processor, collator, list(clips(1)), config)
+    sampled, greedy = calls
+    expected = {
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_k": 50,
+        "top_p": 1.0,
+        "max_new_tokens": 128,
+        "num_beams": 1,
+    }
+    assert {name: sampled[name] for name in expected} == expected
+    assert greedy["do_sample"] is False and "temperature" not in greedy
 
 
 def test_killed_and_run_again(whole, tmp_path):
@@ -78,7 +105,7 @@ def test_ray_writes_the_same(whole, tmp_path, ray_cluster):
         "workers": 2,
     }
     config = PseudoCaptionConfig(
-        model=str(tmp_path / "model"), dataset=str(tmp_path / "rows"), output_dir=str(tmp_path / "out"), **options
+        model=str(tmp_path / "model"), dataset=str(tmp_path / "rows"), output=str(tmp_path / "out"), **options
     )
     assert write_on_ray(config) == {"captions": 8, "skipped": 0}
     written = files(tmp_path / "out")
@@ -96,7 +123,7 @@ def test_streams_write_the_same(whole, tmp_path):
 def test_parquet(whole, tmp_path):
     caption(tmp_path, file_format="parquet")
     rows = [json.loads(line) for k in range(3) for line in whole[f"captions-{k:05d}.jsonl"].decode().splitlines()]
-    assert read_captions(tmp_path) == {row["id"]: row["caption"] for row in rows}
+    assert read_pseudo_captions(tmp_path) == {row["id"]: row["caption"] for row in rows}
 
 
 def test_one_at_a_time_says_the_same(tmp_path):
@@ -105,7 +132,7 @@ def test_one_at_a_time_says_the_same(tmp_path):
         row["audio"] = wav(index, seconds=0.3 + 0.5 * (index % 3))  # one to three windows
     caption(tmp_path / "many", rows, batch_size=6, temperature=0.0)
     caption(tmp_path / "one", rows, batch_size=1, temperature=0.0)
-    assert read_captions(tmp_path / "many") == read_captions(tmp_path / "one")
+    assert read_pseudo_captions(tmp_path / "many") == read_pseudo_captions(tmp_path / "one")
 
 
 def test_undecodable_clips_are_listed(tmp_path):
@@ -113,7 +140,7 @@ def test_undecodable_clips_are_listed(tmp_path):
     rows[4]["audio"] = {"bytes": b"no sound", "path": None}
     assert caption(tmp_path, rows) == {"captions": 7, "skipped": 1}
     assert json.loads((tmp_path / "skipped-00001.json").read_text()) == ["clip4"]
-    assert "clip4" not in read_captions(tmp_path)
+    assert "clip4" not in read_pseudo_captions(tmp_path)
     rows[5]["audio"] = rows[4]["audio"]
     with pytest.raises(TooManySkippedError, match="the last was clip5"):
         caption(tmp_path / "again", rows)
@@ -122,7 +149,7 @@ def test_undecodable_clips_are_listed(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     caption(tmp_path)
-    with pytest.raises(ValueError, match="made with other shard_size"):
+    with pytest.raises(ValueError, match="shard_size was 3, is 4"):
         caption(tmp_path, shard_size=4)
     with pytest.raises(ValueError, match="empty"):
         caption(tmp_path / "new", clips(8).select([]))
@@ -135,6 +162,6 @@ def test_ids_that_are_not_unique(tmp_path):
     rows[1]["id"] = rows[0]["id"]
     caption(tmp_path, rows)
     with pytest.raises(ValueError, match="two captions for the clip clip0"):
-        read_captions(tmp_path)
+        read_pseudo_captions(tmp_path)
     with pytest.raises(ValueError, match="holds no captions"):
-        read_captions(tmp_path / "nowhere")
+        read_pseudo_captions(tmp_path / "nowhere")

@@ -1,16 +1,15 @@
 """Runs that are killed, run twice, spread over processes or sharded give the weights of one that is not."""
 
-import json
 import resource
 import signal
 
 import pytest
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_dali import DaliForConditionalGeneration
 from tests.trainers.dali.stage_worker import STAGES, build, start, train
 from tests.trainers.stages import clips
+from trainers.checkpoints import last_complete, read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -65,10 +64,9 @@ def test_killed_at_a_step(stage, step, whole, tmp_path):
 @pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.pt"])
 def test_killed_while_saving(file, whole, tmp_path):
     assert start(train, "alignment", tmp_path, 4, file) == [-signal.SIGKILL]
-    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
     assert start(train, "alignment", tmp_path) == [0]
     assert_same_bits(tmp_path, whole["alignment"])
-    assert not (tmp_path / ".incomplete").exists()
 
 
 def test_killed_with_accumulation_and_cache(tmp_path):
@@ -186,5 +184,5 @@ def test_other_settings_are_named_on_resuming(tmp_path, caplog):
     assert "differ from the checkpoint's: learning_rate." in caplog.text
     trainer.args.resume_from_checkpoint = "false"
     assert trainer.checkpoint_to_resume() is None
-    assert json.loads((tmp_path / "checkpoint-2" / "settings.json").read_text())["learning_rate"] == 1e-2
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert read_manifest(tmp_path / "checkpoint-2")["settings"]["learning_rate"] == 1e-2
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["checkpoint-2"]

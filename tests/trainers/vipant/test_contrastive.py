@@ -230,7 +230,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
     [
         ({"pairs": ["audio-video"]}, "pairs=.*audio-video.*choose among"),
         ({"train_towers": ["text"]}, "choose among audio, image"),
-        ({"loss": "triplet"}, "neither 'contrastive' nor 'barlow_twins'"),
+        ({"loss": "triplet"}, "`loss` is one of contrastive, barlow_twins, not 'triplet'"),
         ({"micro_batch_size": 0}, "at least 1"),
     ],
 )
