@@ -198,6 +198,31 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
                 "`processor.follow(model.config)`."
             )
 
+    def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
+        """
+        Pictures and sounds of conversations. Sounds are unread: the call itself reads them, at their own rates. With
+        `load_audio_from_video` a video gives its sound, to an empty `audio` item behind it or in its own place.
+        """
+        images: list[list] = [[] for _ in conversations]
+        sounds = []
+        for pictures, conversation in zip(images, conversations, strict=True):
+            for message in conversation:
+                if isinstance(message.get("content") or "", str):
+                    continue
+                items: list[dict] = []
+                for item in message["content"]:
+                    if item["type"] == "image":
+                        pictures += media_of(item)
+                    elif item["type"] == "audio" or (item["type"] == "video" and load_audio_from_video):
+                        if item == {"type": "audio"} and items and items[-1]["type"] == "video":
+                            continue  # the video before it is heard here
+                        sounds += media_of(item)
+                    elif item["type"] == "video":
+                        raise ValueError("A video in a chat can be heard only: pass `load_audio_from_video=True`.")
+                    items.append(item)
+                message["content"] = [{"type": "audio"} if item["type"] == "video" else item for item in items]
+        return images, [], sounds, {}
+
     def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs) -> dict:
         """The base class's; refuses what it would drop, and settles what `truncation` cuts."""
         self._refuse_unknown(kwargs)
@@ -432,6 +457,11 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         """
         answers = generated[:, inputs["input_ids"].shape[1] :]
         return [caption.strip() for caption in self.batch_decode(answers, skip_special_tokens=True)]
+
+
+def media_of(item: dict) -> list:
+    """What an item of a chat message holds, under whichever of the usual names."""
+    return [item[name] for name in (item["type"], "url", "path", "base64") if name in item]
 
 
 def window_samples(extractor) -> int:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from modeling_dali import DaliProcessor
 from modeling_dali.chat_templates import SYSTEM
+from tests.modeling_dali.test_audio_io import write_video
 from tests.tiny import tiny_dali
 
 RATE = 16_000
@@ -355,6 +356,36 @@ def test_chat_template(dali, tmp_path):
     assert processor.apply_chat_template(conversation[1:]).startswith(f"{SYSTEM} USER: <image><audio>\n")
     answered = [*conversation, {"role": "assistant", "content": "rain"}]
     assert processor.apply_chat_template(answered).endswith("What can be heard ? ASSISTANT: rain</s>")
+
+
+def test_videos_in_a_chat_are_heard(dali, tmp_path):
+    processor = dali[1]
+    video = str(write_video(tmp_path / "v.mp4"))
+
+    def ask(*items, **kwargs):
+        conversation = [{"role": "user", "content": [*items, {"type": "text", "text": "what"}]}]
+        return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, **kwargs)
+
+    expected = ask({"type": "audio", "path": video}, return_tensors="pt")
+    for behind in ([], [{"type": "audio"}]):
+        inputs = ask({"type": "video", "path": video}, *behind, return_tensors="pt", load_audio_from_video=True)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    items = [{"type": "video", "path": video}, {"type": "audio", "audio": sound()}]
+    both = ask(*items, load_audio_from_video=True, processor_kwargs={"sampling_rate": RATE})
+    assert len(both["input_features"]) == len(expected["input_features"]) + 1
+    with pytest.raises(ValueError, match="load_audio_from_video=True"):
+        ask({"type": "video", "path": video})
+
+
+def test_a_chat_reads_files_as_the_processor_does(dali, tmp_path):
+    """At their own rates, to the last bit."""
+    processor = dali[1]
+    soundfile.write(tmp_path / "a.wav", np.stack([sound(20_000), sound(20_000, seed=1)], axis=1), 44_100)
+    path = str(tmp_path / "a.wav")
+    conversation = [{"role": "user", "content": [{"type": "audio", "path": path}]}]
+    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+    expected = processor(text="<audio>", audio=path, return_tensors="pt")["input_features"]
+    assert torch.equal(inputs["input_features"], expected)
 
 
 def test_sounds_in_every_form(dali, tmp_path):

@@ -78,3 +78,24 @@ def test_auto_classes_know_vipant_where_it_is_installed(tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)) is VipAntModel
     assert type(AutoProcessor.from_pretrained(tmp_path)) is VipAntProcessor
     assert type(AutoFeatureExtractor.from_pretrained(tmp_path)) is KaldiFbankFeatureExtractor
+
+
+@pytest.mark.parametrize("kwargs", [{"padding": "max_length"}, {"padding": True, "pad_to_multiple_of": 8}])
+def test_padding_is_of_text(kwargs):
+    processor = tiny_processor()
+    inputs = processor(text=["rain"], audio=[sound(0)], sampling_rate=16_000, return_tensors="pt", **kwargs)
+    assert inputs["input_ids"].shape == (1, 40 if kwargs["padding"] == "max_length" else 8)
+    assert inputs["input_features"].shape == (1, NUM_FRAMES, NUM_BINS)
+
+
+def test_keywords_act_or_raise():
+    processor = tiny_processor()
+    assert processor(text=["rain falls"], max_length=4, return_tensors="pt")["input_ids"].shape == (1, 4)
+    long = {"audio": [sound(0, seconds=2.0)], "sampling_rate": 16_000}
+    with pytest.raises(ValueError, match="`truncation` is off"):
+        processor(**long, truncation=False)
+    crops = [processor(**long, crop=crop, truncation=True)["input_features"] for crop in ("start", "center")]
+    assert not torch.equal(*crops)
+    for unknown in ({"windows": 3}, {"audio_kwargs": {"windows": 3}}):
+        with pytest.raises(TypeError, match="windows"):
+            processor(**long, **unknown)
