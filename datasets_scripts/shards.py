@@ -16,30 +16,40 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets_scripts.clips import ClipRequest
 from datasets_scripts.files import Folder
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "audio": datasets.Audio(sampling_rate=16_000, decode=False),
-        "frames": datasets.List(datasets.Image(decode=False)),
-        "frame_times": datasets.List(datasets.Value("float32")),
-        "labels": datasets.List(datasets.Value("string")),
-        "source": datasets.Value("string"),
-        "start": datasets.Value("float64"),
-        "duration": datasets.Value("float64"),
-    }
-)
+if TYPE_CHECKING:
+    import datasets
+
 ROW_GROUP = 32  # rows that a reader holds at a time
+
+
+@cache
+def prepared_features() -> "datasets.Features":
+    """The columns of prepared shards."""
+    import datasets  # a second of every child process that only reads clips
+
+    return datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "audio": datasets.Audio(sampling_rate=16_000, decode=False),
+            "frames": datasets.List(datasets.Image(decode=False)),
+            "frame_times": datasets.List(datasets.Value("float32")),
+            "labels": datasets.List(datasets.Value("string")),
+            "source": datasets.Value("string"),
+            "start": datasets.Value("float64"),
+            "duration": datasets.Value("float64"),
+        }
+    )
 
 
 class Journal:
@@ -105,7 +115,7 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}"
 
 
-def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: datasets.Features = FEATURES) -> int:
+def write_parquet(file: Any, rows: Iterable[dict[str, Any]], features: "datasets.Features") -> int:
     """Writes rows as parquet, a row group at a time, in a form that `datasets` reads with these features.
 
     Returns:
@@ -137,7 +147,7 @@ def commit_shard(
     folder: Folder,
     index: int,
     outcomes: Iterable[dict[str, Any]],
-    features: datasets.Features = FEATURES,
+    features: "datasets.Features | None" = None,
 ) -> dict[str, Any]:
     """Writes one shard and then its report, which makes it count.
 
@@ -146,7 +156,7 @@ def commit_shard(
         index: of the shard.
         outcomes: in order, a record each, or `{"failure": {"id", "reason", "detail"}}`; either with `file`, the state
             of its source, if there is one.
-        features: of the records.
+        features: of the records; those of prepared clips by default.
 
     Returns:
         The report.
@@ -167,7 +177,7 @@ def commit_shard(
 
     name = f"shards/{shard_name(index)}.parquet"
     with folder.writing(name) as file:
-        count = write_parquet(file, rows(), features)
+        count = write_parquet(file, rows(), features or prepared_features())
     report = {
         "file": {"name": name, "rows": count, "bytes": file.size, "sha256": file.digest()},
         "clips": count + len(failures),
@@ -258,6 +268,8 @@ def open_shards(path: str | os.PathLike, streaming: bool = False) -> "datasets.D
     Raises:
         FileNotFoundError: if there is no finished shard.
     """
+    import datasets
+
     folder = Folder(path)
     files = [f"{folder.path}/{file['name']}" for file in read_manifest(path)["files"]]
     return datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=streaming)

@@ -64,10 +64,17 @@ class ShardStream(IterableDataset):
         rows = np.array([file["rows"] for file in files], np.int64)
         self._sizes = np.minimum(rows[self._blocks[:, 0]] - self._blocks[:, 1], ROW_GROUP)
 
-    def __len__(self) -> int:
-        """Number of records that this process gets in an epoch."""
+    @property
+    def num_rows(self) -> int:
+        """Number of records that this process gets in an epoch. (A length would promise records by index.)"""
         first, last = _stretch(int(self._sizes.sum()), self.rank, self.world_size)
         return last - first
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns that are read."""
+        with Folder(self.path).open(self._names[0]) as handle:
+            return self.columns or pq.read_schema(handle).names
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration, which starts at the beginning."""

@@ -10,12 +10,14 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .audio_encoder_dali import DaliAudioModel
 from .configuration_dali import DaliAudioConfig, DaliCaptionerConfig, DaliConfig
 from .feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
 from .modeling_dali import DaliForConditionalGeneration, DaliModel
 from .modeling_dali_captioner import DaliForImageTextToText
+from .pipeline_dali import AudioCaptioningPipeline
 from .processing_dali import DaliProcessor
 
 # Where this package is imported the Auto classes know DALI without `trust_remote_code`.
@@ -29,8 +31,10 @@ for config_class, model_class in {
     AutoFeatureExtractor.register(config_class, KaldiFbankFeatureExtractor, exist_ok=True)
 AutoModel.register(DaliAudioConfig, DaliAudioModel, exist_ok=True)
 AutoProcessor.register(DaliConfig, DaliProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("audio-captioning", AudioCaptioningPipeline, AutoModelForMultimodalLM)
 
 __all__ = [
+    "AudioCaptioningPipeline",
     "DaliAudioConfig",
     "DaliAudioModel",
     "DaliCaptionerConfig",

@@ -21,18 +21,8 @@ from tqdm import tqdm
 from .audio_io import ClipError, read_audio, read_middle_frame
 from .explain import draw, explain, find_scorers
 from .modeling_dali import DaliForConditionalGeneration
+from .pipeline_dali import Window, caption_windows, cut_windows
 from .processing_dali import DaliProcessor
-
-
-@dataclass
-class Window:
-    """A stretch of sound to caption: mono samples at the model's rate, and the picture that goes with it."""
-
-    file: str
-    start: float  # seconds
-    end: float
-    samples: torch.Tensor
-    image: Image.Image | None
 
 
 @dataclass
@@ -43,41 +33,9 @@ class Failure:
     reason: str
 
 
-def read_windows(file: str, processor: DaliProcessor, image: Image.Image | None, with_video: bool) -> list[Window]:
-    """
-    All windows of a file, in order.
-
-    Raises:
-        ValueError: if its sound, or with `with_video` its picture, cannot be read.
-    """
-    if with_video:
-        image = read_middle_frame(file)
-    rate = processor.feature_extractor.sampling_rate
-    windows, _ = processor.split_windows([file], max_windows=sys.maxsize)
-    result, start = [], 0
-    for samples in windows:
-        result.append(Window(file, start / rate, (start + len(samples)) / rate, samples, image))
-        start += len(samples)
-    return result
-
-
-def caption(model: DaliForConditionalGeneration, processor: DaliProcessor, windows: list[Window]) -> list[str]:
-    """The captions of windows, which all have a picture or all have none, in one batch."""
-    images = [window.image for window in windows if window.image is not None]
-    prompt = processor.caption_prompt("audio_image" if images else "audio")
-    inputs = processor(
-        text=[prompt] * len(windows),
-        audio=[window.samples for window in windows],
-        images=images or None,
-        sampling_rate=processor.feature_extractor.sampling_rate,
-        return_tensors="pt",
-    ).to(model.device)
-    return processor.decode_captions(model.generate(**inputs), inputs)
-
-
 def caption_files(
     files: Iterable[str], model, processor, image=None, with_video: bool = False, batch_size: int = 8
-) -> Iterator[tuple[Window, str] | Failure]:
+) -> Iterator[tuple[str, Window, str] | Failure]:
     """
     Captions files, window by window and batch by batch; only one batch and one file are in memory at a time.
 
@@ -89,22 +47,23 @@ def caption_files(
         batch_size: Windows that are captioned together; they may come from several files.
 
     Yields:
-        Each window with its caption, and each file that failed, in the order of the files.
+        Each file with a window of it and its caption, and each file that failed, in the order of the files.
     """
 
-    def read() -> Iterator[Window | Failure]:
+    def read() -> Iterator[tuple[str, Window] | Failure]:
         for file in files:
             try:
-                yield from read_windows(file, processor, image, with_video)
+                picture = read_middle_frame(file) if with_video else image
+                yield from ((file, window) for window in cut_windows(processor, file, image=picture))
             except ValueError as error:
                 yield Failure(file, str(error))
 
     items = read()
     while batch := list(islice(items, batch_size)):
-        windows = [item for item in batch if isinstance(item, Window)]
-        captions = iter(caption(model, processor, windows) if windows else [])
+        windows = [item[1] for item in batch if not isinstance(item, Failure)]
+        captions = iter(caption_windows(model, processor, windows) if windows else [])
         for item in batch:
-            yield (item, next(captions)) if isinstance(item, Window) else item
+            yield item if isinstance(item, Failure) else (*item, next(captions))
 
 
 def run_caption(given: argparse.Namespace) -> int:
@@ -129,8 +88,7 @@ def run_caption(given: argparse.Namespace) -> int:
                 line: dict[str, object] = {"file": file, "error": result.reason}
                 bar.write(f"dali caption: {result.reason}", file=sys.stderr)
             else:
-                window, text = result
-                file = window.file
+                file, window, text = result
                 line = {"file": file, "start": round(window.start, 3), "end": round(window.end, 3), "caption": text}
                 if not given.json:
                     bar.write(f"{file}  {window.start:7.2f} s  {text}", file=sys.stdout)

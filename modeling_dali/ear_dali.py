@@ -33,6 +33,7 @@ from .audio_encoder_dali import build_audio_tower
 from .checkpoint_dali import AudioBackbone, read_audio_backbone
 from .configuration_dali import EarConfig, PrefixPosition, audio_width
 from .model_card_dali import model_card
+from .pipeline_dali import CUSTOM_PIPELINES
 
 if is_peft_available():
     from peft import PeftConfig, PromptTuningConfig, TaskType, load_peft_weights
@@ -327,10 +328,11 @@ class DaliMixin(PreTrainedModel):
             save_card(self.config, Path(save_directory))
 
     def set_auto_map(self) -> None:
-        """Tells the configuration which classes load what is saved."""
+        """Tells the configuration which classes load what is saved, and which pipelines run it."""
         this = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = {"AutoConfig": f"configuration_dali.{type(self.config).__name__}"}
         self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, this)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers writes classes into it
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, revision: str | None = None, **kwargs):
         """The last step of `push_to_hub`: a repository without a model card gets DALI's, in the same commit."""
