@@ -37,7 +37,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dali import DaliConfig
-from .ear_dali import DaliMixin, EarMixin, ear_fields, fill_placeholders, find_ear, require_all_weights
+from .ear_dali import EarMixin, fill_placeholders
+from .modeling_dali_utils import DaliMixin, ear_fields, find_ear, require_all_weights
 
 # What the forward passes take beside their named arguments.
 KNOWN_KWARGS = {"use_cache", *TransformersKwargs.__annotations__}

@@ -22,15 +22,13 @@ from transformers import initialization as init
 from transformers.utils import TransformersKwargs
 
 from .configuration_dali import AlignmentTarget, DaliCaptionerConfig
-from .ear_dali import (
+from .ear_dali import EarMixin, fill_placeholders, misfit
+from .modeling_dali_utils import (
     DaliMixin,
-    EarMixin,
     FiniteLogits,
     ear_fields,
-    fill_placeholders,
     find_captioner,
     find_ear,
-    misfit,
     require_all_weights,
 )
 
