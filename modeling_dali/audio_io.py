@@ -56,7 +56,8 @@ _CONTAINERS = (
     "rm,swf,nut,mpegvideo,ivf"
 )
 _WITHOUT_LENGTH = {"mp3", "aac", "ac3", "amr"}  # bare frames in a row: their length is FFmpeg's estimate
-_BLOCK = 0.2  # seconds: more than any block of Vorbis
+_TO_THE_SAMPLE = {"ogg", "mov,mp4,m4a,3gp,3g2,mj2"}
+_BLOCK = 0.2  # seconds: more than any codec's block of samples
 _CONTIGUOUS = 0.01  # seconds: smaller steps between audio frames are rounding of timestamps, larger ones are gaps
 
 
@@ -402,13 +403,15 @@ class Track:
 
     def __init__(self, stream: Any, start: float, length: float = float("inf")):
         self.start, self.length = start, length
+        self._declared = float("inf")  # its end to the sample, where the container knows it
+        if stream.container.format.name in _TO_THE_SAMPLE and stream.duration:
+            self._declared = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start
         self._first: int | None = None
-        if stream.codec_context.name == "vorbis" and stream.container.format.name == "ogg" and stream.duration:
+        if stream.codec_context.name == "vorbis" and stream.container.format.name == "ogg":
             # FFmpeg stamps files of a single page a block late, and cuts their end by as much. So it cuts nothing:
-            # the first block is a lead-in, the second begins the sound, and the last granule ends it.
+            # the first block is a lead-in, and the second begins the sound.
             stream.codec_context.flags2 |= av.codec.context.Flags2.skip_manual
             self._first = stream.start_time
-            self.length = min(length, float((stream.start_time + stream.duration) * stream.time_base) - start)
         self.rate = 0
         self.end = 0.0  # of the sound so far, in seconds from the segment's start
         self._samples = np.zeros(0, np.float32)
@@ -437,8 +440,9 @@ class Track:
         self.end = max(self.end, min(offset / self.rate, self.length))
 
     def waveform(self) -> np.ndarray:
-        """The sound so far, float32 `[samples]`."""
-        self._reserve(total := round(self.end * self.rate))
+        """The sound so far, float32 `[samples]`, without what the encoder put behind it to fill its last block."""
+        end = self._declared if self._declared < self.end < self._declared + _BLOCK else self.end
+        self._reserve(total := round(end * self.rate))
         return self._samples[:total]
 
     def _offset(self, frame: av.AudioFrame) -> int:

@@ -1,6 +1,7 @@
 """Reading files of every kind, and saying what is wrong with those that cannot be read."""
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -31,7 +32,7 @@ def write_video(path, rate=24_000, seconds=1.0, audio=True, video=True):
             container.mux(stream.encode())
         if audio:
             frame = av.AudioFrame.from_ndarray(tone(rate, seconds), format="fltp", layout="mono")
-            frame.sample_rate = rate
+            frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
             for packet in sound.encode(frame):
                 container.mux(packet)
             container.mux(sound.encode())
