@@ -212,8 +212,12 @@ def _read(source: Any, sampling_rate: int | None, target_rate: int | None) -> tu
     return _mono(_to_float32(source)), sampling_rate
 
 
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "ndim")  # torch's, without importing it
+
+
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "detach")  # torch's, without importing it
+    return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -222,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 def _to_float32(samples: Any) -> np.ndarray:
     """Samples as float32, integer PCM scaled to [-1, 1]."""
-    if hasattr(samples, "detach"):
+    if _is_tensor(samples):
         samples = samples.detach().cpu()
         samples = (samples.float() if samples.is_floating_point() else samples).numpy()
     try:
