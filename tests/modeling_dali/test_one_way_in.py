@@ -11,7 +11,7 @@ import torch
 from datasets_scripts.prepare import clips_of, prepare
 from datasets_scripts.records import Settings
 from datasets_scripts.shards import open_shards
-from modeling_dali import cli
+from modeling_dali.pipeline_dali import cut_windows
 from modeling_vipant.library import Embedder
 from tests.tiny import tiny_dali
 from tests.tiny_vipant import tiny_processor, tiny_vipant
@@ -78,7 +78,7 @@ def test_dali(processor, rate, channels, tmp_path):
     row = {"id": "a", "audio": {"path": str(path), "bytes": None}, "caption": "a dog", "image": _picture()}
     assert torch.equal(AlignmentCollator(processor, augment=False)([row])["input_features"], expected)
     assert torch.equal(DaliDataCollator(processor)([row])["input_features"], expected)
-    windows = cli.read_windows(str(path), processor, None, False)
+    windows = list(cut_windows(processor, str(path)))
     assert torch.equal(features(processor, [windows[0].samples], sampling_rate=RATE), expected)
 
 
