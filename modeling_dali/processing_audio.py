@@ -187,30 +187,6 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         return images, text, videos, list_sounds(audio)  # unread: transformers would bring files to another rate
 
-    def _multimodal_inputs_from_conversations(
-        self, conversations, audio_loading_params: dict, load_audio_from_video: bool = False
-    ):
-        """The base class's, but sounds stay unread; with `load_audio_from_video` a video stands for its sound."""
-        sounds = []
-        for message in (message for conversation in conversations for message in conversation):
-            if not isinstance(message.get("content"), list):
-                continue
-            content: list[dict] = []
-            for block in message["content"]:
-                sources = [block[key] for key in ("audio", "video", "url", "path") if key in block]
-                if block["type"] == "audio" or (block["type"] == "video" and load_audio_from_video):
-                    after_video = not sources and load_audio_from_video and content and content[-1]["type"] == "audio"
-                    sounds += sources
-                    block = {"type": "audio"}
-                    if after_video:  # transformers' way to say where the sound of a video stands
-                        continue
-                content.append(block)
-            message["content"] = content
-        images, videos, _, others = super()._multimodal_inputs_from_conversations(
-            conversations, audio_loading_params, load_audio_from_video=False
-        )
-        return images, videos, sounds, others
-
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks that placeholders and inputs are as many, the prefix among them."""
         if videos is not None:
