@@ -68,6 +68,11 @@ def write_media(path, codec="aac", rate=24_000, seconds=1.0, layout="mono", star
     return path
 
 
+def write_video(path):
+    """A second of sound and pictures."""
+    return write_media(path, video=True)
+
+
 def encoded(samples, rate, **format):
     buffer = io.BytesIO()
     soundfile.write(buffer, samples.T, rate, **format)
