@@ -223,7 +223,7 @@ class VipAntModel(VipAntPreTrainedModel):
     """
 
     main_input_name = "input_ids"
-    _keys_to_ignore_on_load_unexpected = (r".*\.position_ids", r"classifier\..*")
+    _keys_to_ignore_on_load_unexpected = (r".*\.position_ids", r"classifier\..*", r"barlow_twins\..*")
 
     def __init__(self, config: VipAntConfig):
         super().__init__(config)

@@ -112,7 +112,10 @@ def predict(
     )
     require_columns(rows, collator.columns, "evaluation")
     decoding = PseudoCaptionConfig(
-        batch_size=config.batch_size, temperature=config.temperature, max_new_tokens=config.max_new_tokens
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
     )
     model.eval()
     torch.manual_seed(config.seed)

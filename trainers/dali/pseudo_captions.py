@@ -289,7 +289,7 @@ def caption_shard(
             samples[index] = sample
     order = sorted(samples, key=lambda index: sound_length(samples[index]))
     captions: dict[int, str] = {}
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": 1.0}
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
         inputs = collator.encode([samples[index] for index in batch])

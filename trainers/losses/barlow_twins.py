@@ -1,55 +1,105 @@
-"""Barlow Twins: the embeddings of both sides agree in each dimension, and dimensions do not repeat each other."""
+"""Barlow Twins: behind a projector the embeddings of both sides agree in each dimension, and dimensions differ."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.nn.functional import all_gather
 
+VARIANCE_FLOOR = 1e-5  # added to variances, as batch normalisation does
 
-def barlow_twins(
-    audio_embeds: torch.Tensor, other_embeds: torch.Tensor, redundancy_weight: float = 5e-3
-) -> torch.Tensor:
-    """Distance of the cross-correlation matrix of both embeddings from the identity.
 
-    With z = (x - mean) / std over the batch and C = z_audio^T z_other / batch:
-    loss = sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2.
+class BarlowTwins(nn.Module):
+    """The loss with its projector, which both sides go through: linear layers with batch normalisation and ReLU.
+
     Under `torch.distributed` the batch is that of all processes; the gradients are such that DDP's mean over processes
     is the gradient of one process with the whole batch.
 
     Args:
-        audio_embeds: `[batch, dim]`, a batch of at least two.
-        other_embeds: `[batch, dim]`, matched to `audio_embeds`.
-        redundancy_weight: Weight of the off-diagonal terms.
+        width (`int`, defaults to 512):
+            Of the embeddings.
+        sizes (sequence of `int`, defaults to `(2048, 4096, 4096)`):
+            Widths behind the linear layers of the projector.
+        redundancy_weight (`float`, defaults to 0.0051):
+            Weight of the off-diagonal terms.
+
+    Source:
+        Zbontar et al., arXiv 2103.03230; sizes and weight of VIP-ANT's released code.
+    """
+
+    def __init__(self, width: int = 512, sizes: Sequence[int] = (2048, 4096, 4096), redundancy_weight: float = 5.1e-3):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip([width, *sizes[:-2]], sizes[:-1], strict=True):
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+        self.projector = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=False))
+        self.redundancy_weight = redundancy_weight
+
+    def forward(self, audio_embeds: torch.Tensor, other_embeds: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch.
+
+        Args:
+            audio_embeds (`torch.Tensor`):
+                `[batch, width]`, a batch of at least two.
+            other_embeds (`torch.Tensor`):
+                `[batch, width]`, matched to `audio_embeds`.
+
+        Returns:
+            `torch.Tensor`: a scalar in float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: if shapes differ or the batch is smaller than two.
+        """
+        dtype = torch.promote_types(torch.promote_types(audio_embeds.dtype, other_embeds.dtype), torch.float32)
+        with torch.autocast(audio_embeds.device.type, enabled=False):
+            audio, other = (self.projector(global_batch(side.to(dtype))) for side in (audio_embeds, other_embeds))
+            return correlation_loss(audio, other, self.redundancy_weight)
+
+
+def correlation_loss(one: torch.Tensor, other: torch.Tensor, redundancy_weight: float) -> torch.Tensor:
+    """Distance of the cross-correlation matrix of two batches from the identity.
+
+    With z = (x - mean) / std over the batch and C = z_one^T z_other / batch:
+    loss = sum_i (C_ii - 1)^2 + redundancy_weight * sum_{i != j} C_ij^2.
+
+    Args:
+        one (`torch.Tensor`):
+            `[batch, dim]`, a batch of at least two.
+        other (`torch.Tensor`):
+            `[batch, dim]`, matched to `one`.
+        redundancy_weight (`float`):
+            Weight of the off-diagonal terms.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 input).
+        `torch.Tensor`: a scalar.
 
     Raises:
-        ValueError: If shapes differ or the batch is smaller than two.
+        ValueError: if shapes differ or the batch is smaller than two.
 
-    Source: Zbontar et al., arXiv 2103.03230, equation 1.
+    Source:
+        Zbontar et al., arXiv 2103.03230, equation 1.
     """
-    if audio_embeds.shape != other_embeds.shape or audio_embeds.ndim != 2:
+    if one.shape != other.shape or one.ndim != 2:
         raise ValueError(
-            f"embeddings of shapes {list(audio_embeds.shape)} and {list(other_embeds.shape)}; two equal "
-            "[batch, dim] are needed"
+            f"embeddings of shapes {list(one.shape)} and {list(other.shape)}; two equal [batch, dim] are needed"
         )
-    if len(audio_embeds) < 2:
+    if len(one) < 2:
         raise ValueError("Barlow Twins needs a batch of at least 2: it normalises over the batch")
-    with torch.autocast(audio_embeds.device.type, enabled=False):
-        audio_embeds, other_embeds = _global_batch(audio_embeds), _global_batch(other_embeds)
-        dtype = torch.promote_types(torch.promote_types(audio_embeds.dtype, other_embeds.dtype), torch.float32)
-        correlation = _standardise(audio_embeds.to(dtype)).T @ _standardise(other_embeds.to(dtype)) / len(audio_embeds)
-        diagonal = correlation.diagonal()
-        redundancy = correlation.square().sum() - diagonal.square().sum()
-        return (diagonal - 1).square().sum() + redundancy_weight * redundancy
+    correlation = standardise(one).T @ standardise(other) / len(one)
+    diagonal = correlation.diagonal()
+    redundancy = correlation.square().sum() - diagonal.square().sum()
+    return (diagonal - 1).square().sum() + redundancy_weight * redundancy
 
 
-def _global_batch(embeds: torch.Tensor) -> torch.Tensor:
+def global_batch(embeds: torch.Tensor) -> torch.Tensor:
+    """The embeddings of all processes, with gradients."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return embeds
-    return torch.cat(all_gather(embeds))  # type: ignore[no-untyped-call]
+    return torch.cat(all_gather(embeds))
 
 
-def _standardise(embeds: torch.Tensor) -> torch.Tensor:
+def standardise(embeds: torch.Tensor) -> torch.Tensor:
+    """`[batch, dim]`, of mean 0 and variance 1 over the batch."""
     variance, mean = torch.var_mean(embeds, dim=0, correction=0)
-    return (embeds - mean) * torch.rsqrt(variance + 1e-5 * variance.mean() + torch.finfo(embeds.dtype).tiny)
+    return (embeds - mean) * torch.rsqrt(variance + VARIANCE_FLOOR)

@@ -32,7 +32,9 @@ def class_prompts(labels: Sequence[str], templates: Sequence[str] = PROMPTS) -> 
     return [[template.replace("{}", name) for name in names] for template in templates]
 
 
-def zero_shot_scores(audio_embeddings: Tensor, text_embeddings: Tensor, classes: Sequence[int], cosine: bool = True):
+def zero_shot_scores(
+    audio_embeddings: Tensor, text_embeddings: Tensor, classes: Sequence[int], cosine: bool = True
+) -> Tensor:
     """Similarity of clips and classes: that of the clip and the nearest text of the class.
 
     Args:

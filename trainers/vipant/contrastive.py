@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import (
     AutoConfig,
@@ -29,14 +30,14 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
-from trainers.losses.barlow_twins import barlow_twins
+from trainers.losses.barlow_twins import BarlowTwins
 from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
 from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
 from trainers.stage import StageArguments
 from trainers.vipant.dataset import ClipDataset
-from trainers.vipant.lars import LARS, lars_groups
+from trainers.vipant.lars import lars_optimizer
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 SCALES = {  # the parameter that scales a pair's similarities
@@ -49,6 +50,7 @@ TOWERS = {
     "image": ("vision_model", "visual_projection"),
     "text": ("text_model", "text_projection"),
 }
+OUTPUTS = {"audio": "audio_model_output", "image": "vision_model_output", "text": "text_model_output"}
 
 
 @dataclass
@@ -80,6 +82,10 @@ class ContrastiveConfig(StageArguments):
     max_logit_scale: float | None = HfArg(
         default=None, help="Upper bound of the learnt logit scales; none for no bound, as published. CLIP's is 100."
     )
+    barlow_projector: list[int] = HfArg(
+        default_factory=lambda: [2048, 4096, 4096], help="Widths of the projector of Barlow Twins."
+    )
+    barlow_redundancy_weight: float = HfArg(default=0.0051, help="Weight of the off-diagonal terms of Barlow Twins.")
     micro_batch_size: int | None = HfArg(
         default=None, help="Clips that go through the towers at once; none for the whole batch."
     )
@@ -106,6 +112,8 @@ class ContrastiveConfig(StageArguments):
             raise ValueError(f"pairs={self.pairs}: choose among {', '.join(SCALES)}")
         if not self.train_towers or not set(self.train_towers) <= set(self.modalities):
             raise ValueError(f"train_towers={self.train_towers}: choose among {', '.join(self.modalities)}")
+        if self.loss == "barlow_twins" and len(self.pairs) > 1:
+            raise ValueError(f"barlow_twins has one projector, for one pair; pairs={self.pairs}")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
         if self.max_logit_scale is not None and not self.max_logit_scale > 1:
@@ -131,7 +139,14 @@ class ContrastiveTrainer(Trainer):
 
     def __init__(self, model: VipAntModel, args: ContrastiveConfig, **kwargs):
         trained = {name for kind in args.train_towers for name in TOWERS[kind]}
-        if args.loss == "contrastive":
+        if args.loss == "barlow_twins":
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(args.seed)
+                width, sizes = model.config.projection_dim, args.barlow_projector
+                loss = BarlowTwins(width, sizes, args.barlow_redundancy_weight)
+            model.barlow_twins = loss.to(at_least_float32(model.dtype))
+            trained.add("barlow_twins")
+        else:
             scales = {SCALES[pair] for pair in args.pairs}
             trained |= scales
             if args.fresh_logit_scales:
@@ -161,8 +176,9 @@ class ContrastiveTrainer(Trainer):
             states.append(RandomState(*micro_batch.values()))
             with torch.set_grad_enabled(single):
                 outputs.append(self._embed(model, micro_batch, self.args.modalities))
-        embeds = {kind: torch.cat([o[kind].detach() for o in outputs]).float() for kind in self.args.modalities}
-        loss, embed_grads, scale_grads = self._loss_and_gradients(embeds)
+        whole = {kind: torch.cat([o[kind].detach() for o in outputs]) for kind in self.args.modalities}
+        embeds = {kind: part.to(at_least_float32(part.dtype)) for kind, part in whole.items()}
+        loss, embed_grads, loss_grads = self._loss_and_gradients(embeds)
 
         start = 0
         for i, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
@@ -177,27 +193,41 @@ class ContrastiveTrainer(Trainer):
                 # Its gradient is the chain rule's: d loss / d embeds, times d embeds / d weights.
                 surrogate = sum((output[kind] * grad[start:stop]).sum() for kind, grad in embed_grads.items())
                 if last:
-                    surrogate = surrogate + sum((scale * grad).sum() for scale, grad in scale_grads)
+                    surrogate = surrogate + sum((parameter * grad).sum() for parameter, grad in loss_grads)
                 self.accelerator.backward(surrogate / self.current_gradient_accumulation_steps)
                 start = stop
         return loss / self.current_gradient_accumulation_steps
 
     def _loss_and_gradients(self, embeds: dict[str, torch.Tensor]):
-        """The loss, and its gradients for this process's embeddings and for the logit scales.
+        """The loss, and its gradients for this process's embeddings and for the loss's own parameters.
 
         The losses gather over processes themselves and give gradients that DDP's mean makes those of the global batch.
         """
         leaves = {kind: tensor.requires_grad_(kind in self.args.train_towers) for kind, tensor in embeds.items()}
-        scales = self._scales()
-        scale_leaves = {name: scale.detach().requires_grad_(scale.requires_grad) for name, scale in scales.items()}
-        loss = pair_losses(leaves, scale_leaves, self.args.pairs, self.args.loss)
-        trained = [name for name, scale in scales.items() if scale.requires_grad]
-        grads = torch.autograd.grad(
-            loss, [leaves[kind] for kind in self.args.train_towers] + [scale_leaves[name] for name in trained]
-        )
+        loss, own = self._loss(leaves), self._loss_parameters()
+        grads = torch.autograd.grad(loss, [*(leaves[kind] for kind in self.args.train_towers), *own])
         embed_grads = dict(zip(self.args.train_towers, grads, strict=False))
-        scale_grads = [(scales[name], grad) for name, grad in zip(trained, grads[len(embed_grads) :], strict=True)]
-        return loss.detach(), embed_grads, scale_grads
+        return loss.detach(), embed_grads, list(zip(own, grads[len(embed_grads) :], strict=True))
+
+    def _loss(self, embeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Sum over pairs of this process's mean loss against the global batch; `embeds` `[batch, dim]` by kind."""
+        model = self.accelerator.unwrap_model(self.model)
+        losses = []
+        for pair in self.args.pairs:
+            one, other = (embeds[kind] for kind in pair.split("-"))
+            if self.args.loss == "barlow_twins":
+                losses.append(model.barlow_twins(one, other))
+            else:
+                scale = model.get_parameter(SCALES[pair]).exp()
+                losses.append(contrastive(one, other, scale, reduction="sum").mean())
+        return torch.stack(losses).sum()
+
+    def _loss_parameters(self) -> list[torch.nn.Parameter]:
+        """What the loss trains of its own: logit scales, or the projector of Barlow Twins."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.loss == "barlow_twins":
+            return list(model.barlow_twins.parameters())
+        return [model.get_parameter(SCALES[pair]) for pair in self.args.pairs]
 
     def _whole_set(self, dataset) -> torch.utils.data.DataLoader:
         """Batches of all examples: `dataloader_drop_last` is for training alone."""
@@ -209,10 +239,6 @@ class ContrastiveTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _scales(self) -> dict[str, torch.nn.Parameter]:
-        model = self.accelerator.unwrap_model(self.model)
-        return {SCALES[pair]: model.get_parameter(SCALES[pair]) for pair in self.args.pairs}
-
     def _micro_batches(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         batch = len(next(iter(inputs.values())))
         size = self.args.micro_batch_size or batch
@@ -220,10 +246,12 @@ class ContrastiveTrainer(Trainer):
             yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
 
     def _embed(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], kinds: Sequence[str]) -> dict:
-        """Embeddings of some kinds of input by one call of the (wrapped) model."""
+        """Embeddings of some kinds of input by one call of the model; not of unit length for Barlow Twins."""
         names = [name for kind in kinds for name in INPUTS[kind]]
         with self.compute_loss_context_manager():
             output = model(**{name: batch[name] for name in names if name in batch})
+        if self.args.loss == "barlow_twins":
+            return {kind: output[OUTPUTS[kind]].pooler_output for kind in kinds}
         return {kind: output[f"{kind}_embeds"] for kind in kinds}
 
     def _set_frozen_eval(self) -> None:
@@ -236,14 +264,16 @@ class ContrastiveTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """LARS with rates scaled to the global batch, or what `optim` says."""
         if self.optimizer is None and self.args.lars:
-            scale = self.args.train_batch_size * self.accelerator.num_processes / 256
-            groups = lars_groups(
-                self.model if model is None else model,
-                self.args.lars_weight_lr * scale,
-                self.args.lars_bias_lr * scale,
-            )
-            self.optimizer = LARS(groups, weight_decay=self.args.weight_decay)
+            self.optimizer = lars_optimizer(model or self.model, self.args, self.accelerator.num_processes)
         return super().create_optimizer(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s; the projector of Barlow Twins is kept in checkpoints alone."""
+        model = self.accelerator.unwrap_model(self.model)
+        projector = None if _internal_call else model._modules.pop("barlow_twins", None)
+        super().save_model(output_dir, _internal_call)
+        if projector is not None:
+            model.barlow_twins = projector
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -258,10 +288,10 @@ class ContrastiveTrainer(Trainer):
         for batch in self._whole_set(self.eval_dataset if eval_dataset is None else eval_dataset):
             output = self._embed(self.model, self._prepare_inputs(batch), self.args.modalities)
             output = {kind: embeds.float() for kind, embeds in output.items()}
-            losses.append(pair_losses(output, self._scales(), self.args.pairs, self.args.loss))
+            losses.append(self._loss(output))
             for kind, embeds in self.accelerator.gather_for_metrics(output).items():
                 collected[kind].append(embeds)
-        embeds = {kind: torch.cat(parts) for kind, parts in collected.items()}
+        embeds = {kind: F.normalize(torch.cat(parts), dim=-1) for kind, parts in collected.items()}
         metrics = {"loss": self.accelerator.gather(torch.stack(losses)).mean().item()}
         own = torch.eye(len(next(iter(embeds.values()))), dtype=torch.bool)
         for pair in self.args.pairs:
@@ -275,25 +305,9 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
 
-def pair_losses(
-    embeds: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor], pairs: Sequence[str], loss: str
-) -> torch.Tensor:
-    """Sum over pairs of this process's mean loss against the global batch.
-
-    Args:
-        embeds: `[batch, dim]` by kind of input.
-        scales: Logarithms of the logit scales by parameter name.
-        pairs: As `ContrastiveConfig.pairs`.
-        loss: As `ContrastiveConfig.loss`.
-    """
-    total = torch.zeros((), device=next(iter(embeds.values())).device)
-    for pair in pairs:
-        one, other = (embeds[kind] for kind in pair.split("-"))
-        if loss == "barlow_twins":
-            total = total + barlow_twins(one, other)
-        else:
-            total = total + contrastive(one, other, scales[SCALES[pair]].exp(), reduction="sum").mean()
-    return total
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """In which losses are computed."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class RandomState:

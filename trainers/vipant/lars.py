@@ -62,3 +62,16 @@ def lars_groups(model: nn.Module, weight_lr: float, bias_lr: float) -> list[dict
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "lr": weight_lr},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "lr": bias_lr},
     ]
+
+
+def lars_optimizer(model: nn.Module, args, processes: int) -> LARS:
+    """LARS with rates in proportion to the global batch.
+
+    Args:
+        model: What trains.
+        args: Training arguments with `lars_weight_lr` and `lars_bias_lr`, rates per 256 clips.
+        processes: Their number.
+    """
+    scale = args.train_batch_size * args.gradient_accumulation_steps * processes / 256
+    groups = lars_groups(model, args.lars_weight_lr * scale, args.lars_bias_lr * scale)
+    return LARS(groups, weight_decay=args.weight_decay)

@@ -23,6 +23,7 @@ from trainers.processes import leave_group
 from trainers.recipes import load_rows, parse_recipe
 from trainers.stage import StageArguments
 from trainers.vipant.dataset import ClipDataset
+from trainers.vipant.lars import lars_optimizer
 
 
 @dataclass
@@ -43,7 +44,13 @@ class TaggingConfig(StageArguments):
     frequency_mask: int = HfArg(default=32, help="Widest masked band in mel bins (SpecAugment); 0 for none.")
     time_mask: int = HfArg(default=200, help="Longest masked stretch in frames (SpecAugment); 0 for none.")
 
+    # Optimisation
     learning_rate: float = 5e-5
+    lars: bool = HfArg(default=False, help="Use LARS in place of optim.")
+    lars_weight_lr: float = HfArg(default=0.2, help="LARS' rate of weight matrices per 256 clips of the global batch.")
+    lars_bias_lr: float = HfArg(
+        default=0.0048, help="LARS' rate of biases, norms and scales per 256 clips of the global batch."
+    )
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -152,12 +159,20 @@ class BalancedSampler(torch.utils.data.Sampler):
 
 
 class TaggingTrainer(Trainer):
-    """`Trainer` with class-balanced sampling.
+    """`Trainer` with class-balanced sampling and LARS.
 
     Args:
         args: A `TaggingConfig`.
         **kwargs: As of `transformers.Trainer`.
     """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """LARS with rates scaled to the global batch, or what `optim` says."""
+        if self.optimizer is None and self.args.lars:
+            self.optimizer = lars_optimizer(model or self.model, self.args, self.accelerator.num_processes)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

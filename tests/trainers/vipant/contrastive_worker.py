@@ -16,7 +16,7 @@ SETTINGS = {
         "train_towers": ["audio", "image", "text"],
         "micro_batch_size": 3,
     },
-    "barlow": {"pairs": ["audio-image"], "loss": "barlow_twins", "micro_batch_size": 2},
+    "barlow": {"loss": "barlow_twins", "micro_batch_size": 2, "barlow_projector": [12, 20, 20]},
 }
 
 

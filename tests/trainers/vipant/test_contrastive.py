@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from modeling_vipant import VipAntModel
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, tiny_tokenizer, tiny_vipant
 from tests.trainers.vipant.contrastive_worker import SETTINGS, batch, model64, step, steps
+from trainers.losses.barlow_twins import BarlowTwins
 from trainers.processes import run_in_processes
 from trainers.recipes import parse_recipe
 from trainers.vipant.contrastive import SCALES, ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
@@ -77,6 +79,23 @@ def test_cached_gradients_repeat_dropout(tmp_path):
     assert_same_step(got, {"loss": loss.detach(), "grads": expected})
 
 
+def test_barlow_twins_of_embeddings_before_they_are_given_unit_length(tmp_path):
+    got = step(tmp_path, **SETTINGS["barlow"])
+    model = model64()
+    with torch.random.fork_rng():
+        torch.manual_seed(42)  # the trainer's
+        loss = BarlowTwins(24, (12, 20, 20), 0.0051).double()
+    inputs = batch()
+    audio = model.get_audio_features(inputs["input_features"], normalize=False).pooler_output
+    image = model.get_image_features(inputs["pixel_values"], normalize=False).pooler_output
+    value = loss(audio, image)
+    value.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if name.startswith("audio_")}
+    expected = {name: grad for name, grad in trained.items() if grad is not None}
+    expected |= {f"barlow_twins.{name}": parameter.grad for name, parameter in loss.named_parameters()}
+    assert_same_step(got, {"loss": value.detach(), "grads": expected})
+
+
 def test_two_processes_equal_one(tmp_path):
     run_in_processes(steps, (tmp_path,), 2, print)
     two = torch.load(tmp_path / "results.pt")
@@ -118,14 +137,19 @@ def train(tmp_path, model, **settings):
 
 
 def moved(before: dict, model) -> set[str]:
-    return {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+    """Parts of a model that changed, or that were not there."""
+    now = model.state_dict().items()
+    return {name.split(".")[0] for name, tensor in now if name not in before or not torch.equal(before[name], tensor)}
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({}, {"audio_model", "audio_projection", "audio_image_logit_scale"}),
-        ({"loss": "barlow_twins"}, {"audio_model", "audio_projection"}),
+        (
+            {"loss": "barlow_twins", "barlow_projector": [12, 20, 20]},
+            {"audio_model", "audio_projection", "barlow_twins"},
+        ),
         ({"lars": True, "lars_weight_lr": 5.0}, {"audio_model", "audio_projection", "audio_image_logit_scale"}),
         ({"train_towers": ["image"]}, {"vision_model", "visual_projection", "audio_image_logit_scale"}),
     ],
@@ -135,6 +159,8 @@ def test_only_what_is_trained_moves(tmp_path, settings, expected):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = train(tmp_path, model, max_steps=2, **settings)
     assert moved(before, model) == expected
+    trainer.save_model(tmp_path / "result")
+    assert set(load_file(tmp_path / "result" / "model.safetensors")) == set(before)
     assert not trainer.model.text_model.training
 
 

@@ -14,6 +14,7 @@ from trainers.vipant.tagging import (
     LabelEncoder,
     TaggingConfig,
     TaggingDataset,
+    TaggingTrainer,
     balanced_weights,
     main,
     mix,
@@ -69,6 +70,15 @@ def test_tagging_learns_and_saves_a_labelled_model(data, model, tmp_path):
     classifier = VipAntForAudioClassification.from_pretrained(tmp_path)
     assert classifier.config.id2label == {0: "high", 1: "low"}
     assert classifier.config.problem_type == "multi_label_classification"
+
+
+def test_lars_rates_follow_the_batch(model, tmp_path):
+    classifier = VipAntForAudioClassification.from_pretrained(model, problem_type="single_label_classification")
+    settings = {"per_device_train_batch_size": 50, "gradient_accumulation_steps": 2, "report_to": "none"}
+    config = TaggingConfig(output_dir=str(tmp_path), use_cpu=True, lars=True, **settings)
+    optimizer = TaggingTrainer(classifier, config).create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2 * 100 / 256, 0.0048 * 100 / 256])
+    assert any(classifier.classifier.logit_scale is p for p in optimizer.param_groups[1]["params"])
 
 
 def test_folds_are_held_out(data, model, tmp_path):
