@@ -19,6 +19,7 @@ from .modeling_dali import DaliForConditionalGeneration, DaliModel
 from .modeling_dali_captioner import DaliForImageTextToText
 from .pipeline_dali import AudioCaptioningPipeline
 from .processing_dali import DaliProcessor
+from .processing_dali_captioner import DaliCaptionerProcessor
 
 # Where this package is imported the Auto classes know DALI without `trust_remote_code`.
 for config_class, model_class in {
@@ -31,6 +32,7 @@ for config_class, model_class in {
     AutoFeatureExtractor.register(config_class, KaldiFbankFeatureExtractor, exist_ok=True)
 AutoModel.register(DaliAudioConfig, DaliAudioModel, exist_ok=True)
 AutoProcessor.register(DaliConfig, DaliProcessor, exist_ok=True)
+AutoProcessor.register(DaliCaptionerConfig, DaliCaptionerProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline("audio-captioning", AudioCaptioningPipeline, AutoModelForMultimodalLM)
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "DaliAudioConfig",
     "DaliAudioModel",
     "DaliCaptionerConfig",
+    "DaliCaptionerProcessor",
     "DaliConfig",
     "DaliForConditionalGeneration",
     "DaliForImageTextToText",

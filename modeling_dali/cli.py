@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
 
 from .audio_io import ClipError, read_audio, read_middle_frame
 from .explain import draw, explain, find_scorers
-from .modeling_dali import DaliForConditionalGeneration
 from .pipeline_dali import Window, caption_windows, cut_windows
-from .processing_dali import DaliProcessor
 
 
 @dataclass
@@ -70,8 +69,8 @@ def run_caption(given: argparse.Namespace) -> int:
     """`dali caption`."""
     try:
         image = None if given.image is None else Image.open(given.image).convert("RGB")
-        processor = DaliProcessor.from_pretrained(given.model)
-        model = DaliForConditionalGeneration.from_pretrained(given.model, dtype="auto").to(given.device).eval()
+        processor = AutoProcessor.from_pretrained(given.model)
+        model = AutoModel.from_pretrained(given.model, dtype="auto").to(given.device).eval()
     except (OSError, ValueError, UnidentifiedImageError) as error:
         print(f"dali caption: cannot start: {error}", file=sys.stderr)
         return 2
@@ -133,8 +132,8 @@ def run_explain(given: argparse.Namespace) -> int:
     """`dali explain`."""
     try:
         image = None if given.image is None else Image.open(given.image).convert("RGB")
-        processor = DaliProcessor.from_pretrained(given.model)
-        model = DaliForConditionalGeneration.from_pretrained(given.model, dtype="auto").to(given.device).eval()
+        processor = AutoProcessor.from_pretrained(given.model)
+        model = AutoModel.from_pretrained(given.model, dtype="auto").to(given.device).eval()
         scorers = find_scorers(given.model)
         given.output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, UnidentifiedImageError) as error:

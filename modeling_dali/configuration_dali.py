@@ -190,6 +190,12 @@ class DaliCaptionerConfig(EarConfig):
         return self.captioner_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
+    def image_token_index(self) -> int:
+        """That of the captioner."""
+        names = ("image_token_id", "image_token_index")
+        return next(getattr(self.captioner_config, name) for name in names if hasattr(self.captioner_config, name))
+
+    @property
     def vision_config(self) -> PreTrainedConfig:
         """That of the captioner."""
         return self.captioner_config.vision_config

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from transformers import BatchFeature
 
 BLUR = 0.05  # of the transport to nearest tokens, in mean costs
 DARK, HOT = np.array([12, 16, 40]), np.array([255, 214, 60])  # colours of no weight and of the largest
@@ -149,9 +150,9 @@ def explain(model, processor, samples, picture: Image.Image, scorers: Scorers | 
         [samples, np.zeros_like(samples)], sampling_rate=processor.feature_extractor.sampling_rate, return_tensors="pt"
     )
     features = features[processor.feature_extractor.model_input_names[0]].to(model.device)
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    audio, silence = model.model.get_audio_tokens(features).float().cpu()  # [n, d]
-    image = model.get_image_tokens(pixels)[0].float().cpu()  # [m, d]
+    pictures = BatchFeature(processor.image_inputs([picture])).to(model.device, model.dtype)
+    audio, silence = model.get_audio_tokens(features).float().cpu()  # [n, d]
+    image = model.get_image_tokens(**pictures)[0].float().cpu()  # [m, d]
     side = round(len(image) ** 0.5)
     if side * side != len(image):
         raise ValueError(f"{len(image)} image tokens are no square of patches: there is no place to draw them at.")

@@ -283,13 +283,18 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         model.generation_config = copy.deepcopy(llava.generation_config)
         model.generation_config.max_new_tokens = 64  # as in the released code
         model.tie_weights()
-        model.name_base(llava, is_stock)
         if ear is not None:
             model.load_ear(folder, ear_config)
             model.tell_apart()
         elif tokenizer is not None:
             model.add_media_tokens(tokenizer)
+        model.name_base(llava, is_stock)
         return model.train(llava.training)
+
+    @property
+    def image_modules(self) -> dict[str, nn.Module]:
+        """The modules that make image tokens, by their names in this model."""
+        return {"model.vision_tower": self.model.vision_tower}
 
     @classmethod
     def from_base(cls, captioner: "str | os.PathLike | PreTrainedModel", **kwargs) -> "DaliForConditionalGeneration":

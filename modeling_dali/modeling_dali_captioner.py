@@ -185,12 +185,12 @@ class DaliForImageTextToText(DaliMixin, GenerationMixin):
         model.ear.to("cpu" if base.device.type == "meta" else base.device, base.dtype)
         model.generation_config = copy.deepcopy(base.generation_config)
         model.generation_config.max_new_tokens = 64
-        model.name_base(base, is_stock)
         if ear is not None:
             model.load_ear(folder, ear_config)
         elif tokenizer is not None:
             model.add_media_tokens(tokenizer)
         model.suppress_placeholders()
+        model.name_base(base, is_stock)
         return model.train(base.training)
 
     @classmethod
@@ -223,6 +223,13 @@ class DaliForImageTextToText(DaliMixin, GenerationMixin):
     def generation_config(self, value) -> None:
         if "captioner" in self._modules:  # the base class sets one before there is a captioner
             self.captioner.generation_config = value
+
+    @property
+    def image_modules(self) -> dict[str, nn.Module]:
+        """The modules that make image tokens, by their names in this model: all but the language model."""
+        base = find_captioner(self).base_model
+        parts = [child for child in base.children() if child is not base.get_decoder()]
+        return {name: module for name, module in self.named_modules() if any(module is part for part in parts)}
 
     @property
     def accepts_loss_kwargs(self) -> bool:

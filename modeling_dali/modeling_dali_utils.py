@@ -147,7 +147,7 @@ class DaliMixin(PreTrainedModel):
         self.set_auto_map()
         config = copy.deepcopy(self.config)
         config.ear_only, config.architectures = True, [type(self).__name__]
-        config.base_model_fingerprint = self.fingerprint()
+        config.base_model_fingerprint = config.base_model_fingerprint or self.fingerprint()
         if self._auto_class is not None:
             custom_object_save(self, folder, config=config)
         config.save_pretrained(folder)
@@ -182,6 +182,7 @@ class DaliMixin(PreTrainedModel):
     def name_base(self, captioner: PreTrainedModel, is_stock: bool) -> None:
         """Notes where the captioner came from, and whether it is as it was there."""
         self.captioner_is_stock = is_stock
+        self.config.base_model_fingerprint = self.fingerprint()
         if captioner.name_or_path:
             self.config.base_model = captioner.name_or_path
             self.config.base_model_revision = getattr(captioner.config, "_commit_hash", None)

@@ -176,11 +176,19 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         answer_lengths = None
         if suffix is not None:
             text, answer_lengths = self.append_answers(text, suffix)
-        inputs = super().__call__(images=images, text=text, audio=audio, **kwargs)
+        inputs = self.read(images, text, audio, **kwargs)
         self.move_prefix_to_front(inputs)
         if with_labels:
             inputs["labels"] = self.make_labels(inputs, answer_lengths)
         return inputs
+
+    def read(self, images, text, audio, **kwargs) -> BatchFeature:
+        """Ids and features, without labels."""
+        return super().__call__(images=images, text=text, audio=audio, **kwargs)
+
+    def image_inputs(self, pictures: list) -> dict[str, torch.Tensor]:
+        """What `get_image_tokens` takes for these pictures."""
+        return dict(self.image_processor(pictures, return_tensors="pt"))
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Lists of prompts, pictures and sounds from whatever form they were given in."""

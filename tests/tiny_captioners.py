@@ -1,10 +1,20 @@
 """The smallest captioners of every image-text-to-text class that hears, and what their image processors would give."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Gemma3Processor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from tests.tiny import tiny_tokenizer
 
 VOCABULARY = 99
 IMAGE, AUDIO, PREFIX = 4, 90, 91  # ids of placeholders
@@ -256,3 +266,30 @@ def tiny_captioner(name: str) -> TinyCaptioner:
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=3, max_new_tokens=6)
     model.generation_config.suppress_tokens = [IMAGE, AUDIO, PREFIX, VIDEO, START, END]
     return TinyCaptioner(model.eval(), block, pixels, family is qwen_like or name == "molmo2")
+
+
+# The words of `tests.tiny`, in the order of a conversation; what stands for a picture takes the place of IMAGE.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}USER: {% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}IMAGE{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}"
+    "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_gemma3_processor() -> Gemma3Processor:
+    """The processor of the tiny Gemma 3, whose placeholder in prompts is another than the one for its tokens."""
+    names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    plain = tiny_tokenizer()
+    plain.add_special_tokens({"additional_special_tokens": list(names.values())}, replace_extra_special_tokens=False)
+    tokens = {f"{name}_token": getattr(plain, f"{name}_token") for name in ("unk", "bos", "eos", "pad")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **tokens, extra_special_tokens=names)
+    image_processor = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    template = CHAT_TEMPLATE.replace("IMAGE", "<boi>")
+    return Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
+
+
+def save_gemma3(folder: Path) -> str:
+    """A Gemma 3 checkpoint on disk with its processor."""
+    tiny_captioner("gemma3").model.save_pretrained(folder)
+    tiny_gemma3_processor().save_pretrained(folder)
+    return str(folder)

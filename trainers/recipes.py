@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import datasets
+import torch
 import yaml
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     HfArgumentParser,
@@ -28,7 +30,15 @@ from transformers import (
 )
 
 from datasets_scripts.commands import run_command
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
+from modeling_dali import (
+    DaliCaptionerProcessor,
+    DaliForConditionalGeneration,
+    DaliForImageTextToText,
+    DaliProcessor,
+    KaldiFbankFeatureExtractor,
+)
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import AudioCaptionProcessorMixin
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -271,14 +281,15 @@ def load_splits(config) -> Iterator[Any]:
 
 def load_model(
     source: str, audio_encoder: str | None = None, dtype: str = "float32", seed: int = 42
-) -> tuple[DaliForConditionalGeneration, DaliProcessor]:
+) -> tuple[DaliMixin, AudioCaptionProcessorMixin]:
     """
     A model to train, and its processor.
 
     Args:
-        source (`str`): Folder or Hub id of a DALI model, or of a LLaVA checkpoint to build one from.
-        audio_encoder (`str`, *optional*): For a LLaVA checkpoint: where the audio encoder starts from: a CAV-MAE or
-            DALI `.pth`, or folder or Hub id of an audio model of transformers. By default from random weights.
+        source (`str`): Folder or Hub id of a DALI model or an ear, or of an image captioner to build a model from:
+            LLaVA, or one of another image-text-to-text class.
+        audio_encoder (`str`, *optional*): For a captioner: where the audio encoder starts from: a CAV-MAE or DALI
+            `.pth`, or folder or Hub id of an audio model of transformers. By default from random weights.
         dtype (`str`, *optional*, defaults to `"float32"`): Of the weights; `"auto"` for the one they are saved in.
         seed (`int`, *optional*, defaults to 42): Of new weights.
 
@@ -290,27 +301,47 @@ def load_model(
     set_seed(seed)
     kwargs: dict[str, Any] = {"dtype": dtype}
     config = AutoConfig.from_pretrained(source)
-    if config.model_type == "dali":
+    if config.model_type in ("dali", "dali_captioner"):
         if audio_encoder:
             raise ValueError(f"{source} has an audio encoder already: leave `audio_encoder` out, or set it to none.")
-        model = DaliForConditionalGeneration.from_pretrained(source, **kwargs)
-        return model, AutoProcessor.from_pretrained(source)
-    if config.model_type != "llava":
-        raise ValueError(f"{source} is a {config.model_type} model; a DALI or LLaVA one is needed.")
-    llava_processor = AutoProcessor.from_pretrained(source)
-    tokenizer = getattr(llava_processor, "tokenizer", None) or AutoTokenizer.from_pretrained(source)
+        return AutoModel.from_pretrained(source, **kwargs), AutoProcessor.from_pretrained(source)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(f"{source} is a {config.model_type} model; a DALI model or an image captioner is needed.")
+    captioner_processor = AutoProcessor.from_pretrained(source)
+    tokenizer = getattr(captioner_processor, "tokenizer", None) or AutoTokenizer.from_pretrained(source)
     extractor: Any = KaldiFbankFeatureExtractor()
     encoder: Any = audio_encoder
     if audio_encoder and not audio_encoder.endswith((".pth", ".pt")):
         encoder = AutoModel.from_pretrained(audio_encoder, **kwargs)
         encoder = encoder.get_encoder() if encoder.config.is_encoder_decoder else encoder
         extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
+    if config.model_type != "llava":
+        other = DaliForImageTextToText.from_captioner(source, encoder, tokenizer=tokenizer, **kwargs)
+        return other, DaliCaptionerProcessor.for_model(other.config, captioner_processor, extractor)
     model = DaliForConditionalGeneration.from_llava(source, encoder, tokenizer=tokenizer, **kwargs)
     processor = DaliProcessor.for_model(
         model.config,
-        llava_processor.image_processor,
+        captioner_processor.image_processor,
         tokenizer,
         extractor,
-        chat_template=getattr(llava_processor, "chat_template", None),
+        chat_template=getattr(captioner_processor, "chat_template", None),
     )
     return model, processor
+
+
+def save_model(
+    model: DaliMixin, folder: Path, state_dict: dict[str, torch.Tensor] | None = None, captioner_trained: bool = False
+) -> None:
+    """
+    Writes a trained model: the ear alone where the captioner is as it was published, else all of it.
+
+    Args:
+        model (`DaliForConditionalGeneration` or `DaliForImageTextToText`): The model.
+        folder (`Path`): Where to.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): State of the model, where its own parameters are sharded.
+        captioner_trained (`bool`, *optional*, defaults to `False`): Whether the captioner was trained too.
+    """
+    if model.captioner_is_stock and not captioner_trained:
+        model.save_ear(folder, state_dict)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)

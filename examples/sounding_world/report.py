@@ -188,8 +188,8 @@ def token_cloud(name: str, model, processor, rows) -> dict:
     rows = [rows[index] for index in range(min(CLOUD_CLIPS, len(rows)))]
     sounds = [read_audio(row["audio"], extractor.sampling_rate) for row in rows]
     features = extractor(sounds, sampling_rate=extractor.sampling_rate)["input_features"]
-    pixels = processor.image_processor([read_image(row["image"]) for row in rows], return_tensors="pt")["pixel_values"]
-    sides = model.model.get_audio_tokens(features), model.get_image_tokens(pixels)
+    pictures = processor.image_inputs([read_image(row["image"]) for row in rows])
+    sides = model.get_audio_tokens(features), model.get_image_tokens(**pictures)
     gap = modality_gap(*sides)
     audio, image = (side.flatten(0, 1).double() for side in sides)
     rng = np.random.default_rng(0)

@@ -18,11 +18,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, TrainingArguments
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, EvalPrediction, PreTrainedModel, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from modeling_dali import DaliAudioModel, DaliForConditionalGeneration, DaliProcessor
+from modeling_dali import DaliAudioModel
 from modeling_dali.explain import save_scorers
+from modeling_dali.modeling_dali_utils import DaliMixin, find_captioner
+from modeling_dali.processing_audio import AudioCaptionProcessorMixin
 from trainers.dali import image_token_cache
 from trainers.dali.data_collator import AlignmentCollator
 from trainers.fingerprints import rows_hash, weights_hash
@@ -36,11 +39,12 @@ from trainers.losses import (
     mmd,
     optimal_transport,
 )
-from trainers.recipes import Dtype, load_model, load_splits
+from trainers.recipes import Dtype, load_model, load_splits, save_model
 from trainers.rows import require_columns, without_decoding
 from trainers.stage import StageArguments, StageTrainer, run_stage
 
 AlignmentLoss = Literal["attentive_ot", "contrastive", "mmd", "ot", "sinkhorn", "unbalanced_ot"]
+LAYERS = ("vision_feature_layer", "vision_feature_select_strategy")
 LOSSES = get_args(AlignmentLoss)
 
 
@@ -127,22 +131,25 @@ class AlignmentModel(nn.Module):
         args: Settings.
     """
 
-    def __init__(self, dali: DaliForConditionalGeneration, args: AlignmentConfig):
+    audio_tower: PreTrainedModel
+
+    def __init__(self, dali: DaliMixin, args: AlignmentConfig):
         super().__init__()
         self.args = args
-        self.audio_tower = dali.model.audio_tower
-        self.audio_projection = dali.model.audio_projection
-        self.vision_tower = dali.model.vision_tower
+        self.names = {part: f"{dali.ear_key}{part}" for part in ("audio_tower", "audio_projection")}
+        self.names |= {name.rpartition(".")[2]: name for name in dali.image_modules}
+        for part, name in self.names.items():
+            self.add_module(part, dali.get_submodule(name))
         if args.loss == "attentive_ot":
             self.scorer = TransportScorer(
-                dali.model.audio_projection.out_features,
+                dali.ear.audio_projection.out_features,
                 args.scorer_heads or None,
                 args.scorer_temperature,
                 args.uniform_mix,
             )
-        self.get_audio_tokens, self.audio_token_mask = dali.model.get_audio_tokens, dali.model.audio_token_mask
+        self.get_audio_tokens, self.audio_token_mask = dali.ear.get_audio_tokens, dali.ear.audio_token_mask
         self.get_image_tokens = dali.get_image_tokens
-        self._no_split_modules = [*(dali.model.audio_tower._no_split_modules or []), *(dali._no_split_modules or [])]
+        self._no_split_modules = [*(dali.ear.audio_tower._no_split_modules or []), *(dali._no_split_modules or [])]
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """Checkpoints the activations of the audio encoder."""
@@ -152,33 +159,33 @@ class AlignmentModel(nn.Module):
         self,
         input_features: torch.Tensor,
         pair_weight: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         uniform: bool = True,
         entropy_weight: float = 0.0,
+        **pictures: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             input_features: [B, frames, bins].
             pair_weight: [B], 0 for pairs that do not count.
-            pixel_values: [B, 3, height, width], or instead
-            image_tokens: [B, m, d].
+            image_tokens: [B, m, d], in the place of pictures.
             input_features_mask: [B, frames]; leaves tokens of padding out of the loss.
             uniform: Whether tokens weigh the same, whatever the scorers say.
             entropy_weight: lambda.
+            pictures: What the captioner's image processor gives, `pixel_values` [B, 3, height, width] for LLaVA.
 
         Returns:
             `losses` [B]; in eval mode also `audio` and `image`, moments of both token sets (see [`moments`]).
         """
         audio = self.get_audio_tokens(input_features)  # A [B, n, d]
-        if pixel_values is not None:
+        if image_tokens is None:
             with torch.no_grad():
-                image_tokens = self.get_image_tokens(pixel_values)  # I [B, m, d]
-        assert image_tokens is not None, "a batch has `pixel_values` or `image_tokens`"
-        image = image_tokens.to(audio.dtype)
+                image_tokens = self.get_image_tokens(**pictures)  # I [B, m, d]
+        image, image_mask = pad_tokens(image_tokens)
+        image = image.to(audio.dtype)
         mask = None if input_features_mask is None else self.audio_token_mask(input_features_mask)
-        weights: dict[str, Any] = {"audio_mask": mask, "pair_confidence": pair_weight}
+        weights: dict[str, Any] = {"audio_mask": mask, "image_mask": image_mask, "pair_confidence": pair_weight}
 
         losses: Any
         match self.args.loss:
@@ -199,11 +206,27 @@ class AlignmentModel(nn.Module):
                     factor = self.args.encoder_transport_gradient
                     losses = scored_transport(self.scorer, audio, image, entropy_weight, factor, **weights)
             case "contrastive":
-                pooled = mean_tokens(audio, mask), mean_tokens(image)
+                pooled = mean_tokens(audio, mask), mean_tokens(image, image_mask)
                 losses = contrastive(*pooled, 1 / self.args.temperature, pair_confidence=pair_weight)
         if self.training:
             return {"losses": losses}
-        return {"losses": losses, "audio": moments(audio, mask), "image": moments(image)}
+        return {"losses": losses, "audio": moments(audio, mask), "image": moments(image, image_mask)}
+
+
+def pad_tokens(tokens: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Token sets of one size each, and a mask of what is real.
+
+    Args:
+        tokens: [B, m, d], or a list of [m, d] where sets differ in size.
+
+    Returns:
+        [B, m, d], and a boolean mask [B, m], None where all are real.
+    """
+    if isinstance(tokens, torch.Tensor):
+        return tokens, None
+    masks = [torch.ones(len(some), dtype=torch.bool, device=some.device) for some in tokens]
+    return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
 def scored_transport(
@@ -213,6 +236,7 @@ def scored_transport(
     entropy_weight: float,
     encoder_factor: float = 1.0,
     audio_mask: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
     pair_confidence: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -225,24 +249,25 @@ def scored_transport(
         image: I [B, m, d].
         entropy_weight: lambda.
         encoder_factor: Factor of the transport's gradient with respect to A; the loss itself stays the same.
-        audio_mask: [B, n], True for tokens that count.
+        audio_mask, image_mask: [B, n] and [B, m], True for tokens that count.
         pair_confidence: [B], factors of the losses.
         options: Of the solver.
 
     Returns:
         [B] losses.
     """
-    options |= {"audio_mask": audio_mask, "pair_confidence": pair_confidence}
+    masks = {"audio_mask": audio_mask, "image_mask": image_mask}
+    options |= {**masks, "pair_confidence": pair_confidence}
     losses: Any
     if encoder_factor == 1:
-        alpha, beta = scorer(audio, image, audio_mask=audio_mask)
+        alpha, beta = scorer(audio, image, **masks)
         losses = attentive_transport(audio, image, alpha, beta, entropy_weight, **options)
         return losses
     felt = audio.detach() + encoder_factor * (audio - audio.detach())  # A, with its gradient multiplied
-    alpha, beta = scorer(felt, image, audio_mask=audio_mask)
+    alpha, beta = scorer(felt, image, **masks)
     losses = attentive_transport(felt, image, alpha, beta, 0.0, **options)
-    alpha, beta = scorer(audio, image, audio_mask=audio_mask)
-    entropies = entropy(alpha, audio, audio_mask) + entropy(beta, image)
+    alpha, beta = scorer(audio, image, **masks)
+    entropies = entropy(alpha, audio, audio_mask) + entropy(beta, image, image_mask)
     return losses - entropy_weight * (entropies if pair_confidence is None else entropies * pair_confidence)
 
 
@@ -260,9 +285,9 @@ class AlignmentTrainer(StageTrainer):
 
     def __init__(
         self,
-        model: DaliForConditionalGeneration,
+        model: DaliMixin,
         args: AlignmentConfig,
-        processor: DaliProcessor,
+        processor: AudioCaptionProcessorMixin,
         train_dataset=None,
         eval_dataset=None,
         **kwargs,
@@ -299,8 +324,8 @@ class AlignmentTrainer(StageTrainer):
             compute_metrics=alignment_metrics,
             **kwargs,
         )
-        if isinstance(model.model.audio_tower, DaliAudioModel):
-            model.model.audio_tower.positions.requires_grad_(args.train_positions)
+        if isinstance(model.ear.audio_tower, DaliAudioModel):
+            model.ear.audio_tower.positions.requires_grad_(args.train_positions)
         self.label_names = ["pair_weight"]
         self.model_accepts_loss_kwargs = False
 
@@ -371,16 +396,16 @@ class AlignmentTrainer(StageTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Writes the whole DALI model, and the scorers beside it."""
+        """Writes the model (see [`save_model`]), and the scorers beside it."""
         state = None
         if state_dict is None:
             state_dict = self.model.state_dict()
         else:
-            state = self.dali.state_dict() | {
-                f"model.{name}": t for name, t in state_dict.items() if "scorer." not in name
-            }
+            named = [(name.partition("."), t) for name, t in state_dict.items() if not name.startswith("scorer.")]
+            names = self.accelerator.unwrap_model(self.model).names
+            state = self.dali.state_dict() | {f"{names[part]}.{rest}": t for (part, _, rest), t in named}
         scorer = {name.removeprefix("scorer."): t for name, t in state_dict.items() if name.startswith("scorer.")}
-        self.dali.save_pretrained(folder, state_dict=state)
+        save_model(self.dali, folder, state)
         self.processing_class.save_pretrained(folder)
         if scorer:
             args = self.args
@@ -440,7 +465,7 @@ def alignment_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def cache_image_tokens(
-    folder: str, model: DaliForConditionalGeneration, processor: DaliProcessor, args: TrainingArguments, rows
+    folder: str, model: DaliMixin, processor: AudioCaptionProcessorMixin, args: TrainingArguments, rows
 ) -> image_token_cache.ImageTokenCache:
     """
     Makes (what is missing of) the cache of the image tokens of a data set.
@@ -451,18 +476,22 @@ def cache_image_tokens(
     if not hasattr(rows, "__len__"):
         raise ValueError("`cache_image_tokens` needs a data set with a length, not a stream.")
     require_columns(rows, [("image", "frames")], "training")
-    tower, device = model.model.vision_tower.eval().to(args.device), args.device
+    modules = nn.ModuleList(model.image_modules.values()).eval().to(args.device)
 
     @torch.no_grad()
     def encode(pictures: list) -> torch.Tensor:
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return model.get_image_tokens(pixels.to(device, tower.dtype))
+        inputs = BatchFeature(processor.image_inputs(pictures)).to(args.device, model.dtype)
+        tokens = model.get_image_tokens(**inputs)
+        if not isinstance(tokens, torch.Tensor):
+            raise ValueError("Image tokens can be cached only where all pictures have as many of them.")
+        return tokens
 
     identity = {
-        "weights": weights_hash(tower),
+        "weights": weights_hash(modules),
         "rows": rows_hash(rows),
         "preprocessing": processor.image_processor.to_json_string(),
-        "layers": [model.config.vision_feature_layer, model.config.vision_feature_select_strategy],
+        "layers": [getattr(find_captioner(model).config, name, None) for name in LAYERS],
+        "target": getattr(model.config, "alignment_target", "projector_input"),
     }
     return image_token_cache.build(
         folder,

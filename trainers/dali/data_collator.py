@@ -177,7 +177,7 @@ class Pair(NamedTuple):
 
     input_features: torch.Tensor
     input_features_mask: torch.Tensor | None
-    picture: torch.Tensor
+    picture: Image.Image | torch.Tensor
 
 
 class AlignmentCollator:
@@ -210,7 +210,7 @@ class AlignmentCollator:
         seed: int = 42,
     ):
         self.extractor = processor.feature_extractor
-        self.image_processor = processor.image_processor
+        self.processor = processor
         self.image_tokens = image_tokens
         self.mask_padding = mask_padding
         self.augment = augment
@@ -228,7 +228,8 @@ class AlignmentCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `input_features` [B, frames, bins]; `pixel_values` [B, 3, height, width] or `image_tokens` [B, m, d];
+            `input_features` [B, frames, bins]; what the captioner's image processor gives (`pixel_values` [B, 3,
+            height, width] for LLaVA) or `image_tokens` [B, m, d];
             `pair_weight` [B], 0 for samples that could not be decoded, else 1; `input_features_mask` [B, frames] with
             `mask_padding`.
         """
@@ -237,12 +238,12 @@ class AlignmentCollator:
         if not weight.all():
             blank = self.blank(rows[0])
             pairs = [blank if pair is None else pair for pair in pairs]
-        picture = "image_tokens" if self.is_cached(rows[0]) else "pixel_values"
-        batch = {
-            "input_features": torch.stack([pair.input_features for pair in pairs]),
-            picture: torch.stack([pair.picture for pair in pairs]),
-            "pair_weight": weight,
-        }
+        batch = {"input_features": torch.stack([pair.input_features for pair in pairs]), "pair_weight": weight}
+        pictures: Any = [pair.picture for pair in pairs]
+        if self.is_cached(rows[0]):
+            batch["image_tokens"] = torch.stack(pictures)
+        else:
+            batch |= self.processor.image_inputs(pictures)
         if self.mask_padding:
             batch["input_features_mask"] = torch.stack([pair.input_features_mask for pair in pairs])
         return batch
@@ -259,7 +260,7 @@ class AlignmentCollator:
             picture = self.image_tokens.read(row["index"], rng, self.first_frame)
         else:
             frame = pick_frame(frame_count(row), rng, self.first_frame)
-            picture = self.pixels(read_image(row["frames"][frame] if "frames" in row else row["image"]))
+            picture = read_image(row["frames"][frame] if "frames" in row else row["image"])
         features, mask = self.features_of(row)
         if rng is not None and self.augment:
             features, mask = augment(features, mask, rng)
@@ -282,10 +283,6 @@ class AlignmentCollator:
         mask = output["input_features_mask"][0] if self.mask_padding else None
         return output[self.extractor.model_input_names[0]][0], mask
 
-    def pixels(self, picture: Image.Image) -> torch.Tensor:
-        """A picture as the image tower takes it [3, height, width]."""
-        return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-
     def is_cached(self, row: dict) -> bool:
         """Whether image tokens stand in for the row's pictures."""
         return self.image_tokens is not None and "epoch" in row
@@ -295,7 +292,7 @@ class AlignmentCollator:
         features, mask = self.features(blank_sound(self.extractor))
         if self.is_cached(row):
             return Pair(features, mask, self.image_tokens.blank())
-        return Pair(features, mask, self.pixels(Image.new("RGB", (32, 32))))
+        return Pair(features, mask, Image.new("RGB", (32, 32)))
 
 
 def augment(

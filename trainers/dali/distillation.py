@@ -21,11 +21,11 @@ from torch import nn
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_audio import QUESTION
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.dali.pseudo_captions import read_pseudo_captions
-from trainers.recipes import Dtype, load_model, load_splits
+from trainers.recipes import Dtype, load_model, load_splits, save_model
 from trainers.rows import sample_id
 from trainers.stage import StageArguments, StageTrainer, run_stage
 
@@ -78,9 +78,9 @@ class DistillationTrainer(StageTrainer):
 
     def __init__(
         self,
-        model: DaliForConditionalGeneration,
+        model: DaliMixin,
         args: DistillationConfig,
-        processor: DaliProcessor,
+        processor: AudioCaptionProcessorMixin,
         train_dataset=None,
         eval_dataset=None,
         **kwargs,
@@ -88,9 +88,9 @@ class DistillationTrainer(StageTrainer):
         torch.manual_seed(args.seed)
         model.remove_prefix()
         processor.follow(model.config)
-        trained = ["model.audio_projector"]
-        if args.train_audio_encoder:
-            trained += ["model.audio_tower", "model.audio_projection"]
+        self.model_class = type(model)
+        parts = ["audio_projector", *(["audio_tower", "audio_projection"] if args.train_audio_encoder else [])]
+        trained = [f"{model.ear_key}{part}" for part in parts]
         if args.lora_rank:
             trained += add_lora(model, args.lora_rank, args.lora_alpha)
         collator = DaliDataCollator(
@@ -99,27 +99,27 @@ class DistillationTrainer(StageTrainer):
         super().__init__(model, args, trained, processor, train_dataset, eval_dataset, collator, **kwargs)
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Writes the whole model, LoRA merged into it."""
+        """Writes the model (see [`save_model`]), LoRA merged into it."""
         model = self.accelerator.unwrap_model(self.model)
         if self.args.lora_rank:
             state_dict = merged_state(model, state_dict)
         if state_dict is not None:  # FSDP and LoRA have changed the model's classes: a plain one knows how to be saved
-            generation_config = model.generation_config
+            generation_config, is_stock = model.generation_config, model.captioner_is_stock
             with torch.device("meta"):
-                model = DaliForConditionalGeneration(model.config)
-            model.generation_config = generation_config
-        model.save_pretrained(folder, state_dict=state_dict)
+                model = self.model_class(model.config)
+            model.generation_config, model.captioner_is_stock = generation_config, is_stock
+        save_model(model, folder, state_dict, captioner_trained=bool(self.args.lora_rank))
         self.processing_class.save_pretrained(folder)
 
 
-def add_lora(model: DaliForConditionalGeneration, rank: int, alpha: float) -> list[str]:
+def add_lora(model: DaliMixin, rank: int, alpha: float) -> list[str]:
     """
     Puts LoRA on all linear layers of the language model.
 
     Returns:
         Names of the new parameters.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=r".*language_model\..*_proj")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=r".*(language|text)_model\..*_proj")
     inject_adapter_in_model(config, model)
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
 

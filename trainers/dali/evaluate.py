@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from datasets_scripts.files import write_whole
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
-from modeling_dali.processing_audio import QUESTION
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import DaliDataCollator, Modality
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard, write_captions
 from trainers.metrics.captioning import METRICS, caption_metrics
@@ -86,8 +86,8 @@ def references_of(row: dict) -> list[str]:
 
 @torch.no_grad()
 def predict(
-    model: DaliForConditionalGeneration,
-    processor: DaliProcessor,
+    model: DaliMixin,
+    processor: AudioCaptionProcessorMixin,
     rows,
     config: EvaluationConfig,
     advance: Callable[[int], object] = lambda clips: None,
@@ -182,7 +182,7 @@ def score(
     return summary, clips
 
 
-def evaluate(model: DaliForConditionalGeneration, processor: DaliProcessor, rows, config: EvaluationConfig) -> dict:
+def evaluate(model: DaliMixin, processor: AudioCaptionProcessorMixin, rows, config: EvaluationConfig) -> dict:
     """
     Captions, scores, and writes everything into `config.output`.
 

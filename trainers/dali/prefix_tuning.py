@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers.hf_argparser import HfArg
 
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.configuration_dali import PrefixPosition
-from modeling_dali.processing_audio import QUESTION
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.recipes import Dtype, load_model, load_splits
 from trainers.stage import StageArguments, StageTrainer, run_stage
@@ -64,9 +64,9 @@ class PrefixTuningTrainer(StageTrainer):
 
     def __init__(
         self,
-        model: DaliForConditionalGeneration,
+        model: DaliMixin,
         args: PrefixTuningConfig,
-        processor: DaliProcessor,
+        processor: AudioCaptionProcessorMixin,
         train_dataset=None,
         eval_dataset=None,
         **kwargs,
@@ -77,18 +77,19 @@ class PrefixTuningTrainer(StageTrainer):
         collator = DaliDataCollator(
             processor, "image", question=args.question, max_skipped=args.max_skipped, seed=args.seed
         )
-        super().__init__(model, args, ["model.prefix"], processor, train_dataset, eval_dataset, collator, **kwargs)
+        trained = [f"{model.ear_key}prefix"]
+        super().__init__(model, args, trained, processor, train_dataset, eval_dataset, collator, **kwargs)
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Writes the prefix as a PEFT adapter."""
         model = self.accelerator.unwrap_model(self.model)
-        prefix = model.model.prefix
+        prefix = model.ear.prefix
         try:
             if state_dict is not None:
-                model.model.prefix = nn.Parameter(state_dict["model.prefix"])
+                model.ear.prefix = nn.Parameter(state_dict[f"{model.ear_key}prefix"])
             model.save_prefix(folder)
         finally:
-            model.model.prefix = prefix
+            model.ear.prefix = prefix
 
 
 def new_trainer(config: PrefixTuningConfig) -> PrefixTuningTrainer:

@@ -30,9 +30,9 @@ from transformers.utils import logging
 
 from datasets_scripts.files import claim, json_lines, locked, sweep, write_whole
 from datasets_scripts.workers import run_tasks
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from modeling_dali.configuration_dali import PrefixPosition
-from modeling_dali.processing_audio import QUESTION
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import CaptionSample, DaliDataCollator, Modality
 from trainers.fingerprints import rows_hash, weights_hash
 from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
@@ -92,7 +92,7 @@ class PseudoCaptionConfig:
 
 @torch.no_grad()
 def write_pseudo_captions(
-    model: DaliForConditionalGeneration, processor: DaliProcessor, rows, config: PseudoCaptionConfig
+    model: DaliMixin, processor: AudioCaptionProcessorMixin, rows, config: PseudoCaptionConfig
 ) -> dict[str, int]:
     """
     Captions all rows of a data set.
@@ -183,7 +183,7 @@ class ShardCaptioner:
         return number
 
 
-def open_model(config: PseudoCaptionConfig) -> tuple[DaliForConditionalGeneration, DaliProcessor]:
+def open_model(config: PseudoCaptionConfig) -> tuple[DaliMixin, AudioCaptionProcessorMixin]:
     """The model of the settings, with the prefix they name, and its processor."""
     model, processor = load_model(config.model, dtype=config.dtype, seed=config.seed)
     if config.prefix:
@@ -192,7 +192,7 @@ def open_model(config: PseudoCaptionConfig) -> tuple[DaliForConditionalGeneratio
     return model, processor
 
 
-def new_collator(processor: DaliProcessor, config: PseudoCaptionConfig) -> DaliDataCollator:
+def new_collator(processor: AudioCaptionProcessorMixin, config: PseudoCaptionConfig) -> DaliDataCollator:
     """What reads rows and writes prompts."""
     return DaliDataCollator(
         processor,
