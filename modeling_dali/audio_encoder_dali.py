@@ -1,5 +1,6 @@
 """The audio encoder: CAV-MAE's audio branch, or another encoder of transformers that gives tokens."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -119,7 +120,7 @@ class DaliAudioModel(PreTrainedModel):
     def __init__(self, config: DaliAudioConfig):
         super().__init__(config)
         self.patch_embedding = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.positions = nn.Parameter(sincos_positions(*config.grid, config.hidden_size))
+        self.positions = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_size))
         self.modality = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.layers = nn.ModuleList(DaliAudioLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

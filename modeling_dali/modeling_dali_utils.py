@@ -48,7 +48,7 @@ class DaliMixin(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike,
         *args,
         config=None,
         output_loading_info: bool = False,
@@ -68,15 +68,15 @@ class DaliMixin(PreTrainedModel):
                 than the one it names.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        ear = cls.config_class.from_pretrained(path, **hub) if config is None else config
+        ear = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub) if config is None else config
         if ear.ear_only:
             kwargs = {name: kwargs[name] for name in kwargs.keys() - {*hub, "trust_remote_code"}}
             kwargs.setdefault("revision", ear.base_model_revision)
-            model = cls.from_base(ear.base_model, ear=find_ear(path, **hub), **kwargs)
+            model = cls.from_base(ear.base_model, ear=find_ear(pretrained_model_name_or_path, **hub), **kwargs)
             return (model, {}) if output_loading_info else model
         # Mismatches are let through here, to be named below together with everything else.
         model, info = super().from_pretrained(
-            path,
+            pretrained_model_name_or_path,
             *args,
             config=config,
             output_loading_info=True,
@@ -85,7 +85,7 @@ class DaliMixin(PreTrainedModel):
         )
         if output_loading_info:
             return model, info
-        require_all_weights(info, str(path), ignore_mismatched_sizes)
+        require_all_weights(info, str(pretrained_model_name_or_path), ignore_mismatched_sizes)
         return model
 
     @classmethod
