@@ -165,7 +165,7 @@ class RecipeParser(HfArgumentParser):
 
     def settings(self, given: argparse.Namespace) -> Any:
         """The dataclass, filled."""
-        names = {field.name for field in fields(self.config_class) if field.init}
+        names = {field.name for field in fields(self.config_class) if field.init} - {"debug"}
         return self.config_class(**{name: value for name, value in vars(given).items() if name in names})
 
 
