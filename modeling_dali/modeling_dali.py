@@ -281,7 +281,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         model.model.audio_tower.to(llava.device, llava.dtype)
         model.model.audio_projection.to(llava.device, llava.dtype)
         model.generation_config = copy.deepcopy(llava.generation_config)
-        model.generation_config.max_new_tokens = 64  # as in the released code
+        model.generation_config.max_new_tokens = 64  # as the released code evaluates
         model.tie_weights()
         if ear is not None:
             model.load_ear(folder, ear_config)

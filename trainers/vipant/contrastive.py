@@ -56,8 +56,8 @@ OUTPUTS = {"audio": "audio_model_output", "image": "vision_model_output", "text"
 @dataclass
 class ContrastiveConfig(StageArguments):
     """
-    Settings of `ContrastiveTrainer`; the defaults are VA pre-training as in the paper, with Adam. The data set has
-    what `pairs` name: `audio`, `image` or `frames`, `caption` or `captions`.
+    Settings of `ContrastiveTrainer`; the defaults are VA pre-training with AdamW, where the recipes take LARS. The
+    data set has what `pairs` name: `audio`, `image` or `frames`, `caption` or `captions`.
     """
 
     # Model and data
@@ -268,8 +268,16 @@ class ContrastiveTrainer(Trainer):
         return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s; the projector of Barlow Twins is kept in checkpoints alone."""
+        """As `Trainer`'s; the projector of Barlow Twins is kept in checkpoints alone.
+
+        Where sound was trained with pictures only, or with texts only, its other logit scale takes the trained one: a
+        model that has met no text gives sharp probabilities of texts all the same.
+        """
         model = self.accelerator.unwrap_model(self.model)
+        if not _internal_call and self.args.loss == "contrastive":
+            for pair, other in (("audio-image", "audio-text"), ("audio-text", "audio-image")):
+                if pair in self.args.pairs and other not in self.args.pairs:
+                    model.get_parameter(SCALES[other]).data.copy_(model.get_parameter(SCALES[pair]))
         projector = None if _internal_call else model._modules.pop("barlow_twins", None)
         super().save_model(output_dir, _internal_call)
         if projector is not None:

@@ -204,6 +204,17 @@ def test_logit_scales_start_anew(tmp_path, fresh):
     assert model.audio_text_logit_scale.item() == model.logit_scale.item() == 1.0  # of other pairs
 
 
+@pytest.mark.parametrize("pair", ["audio-image", "audio-text"])
+def test_a_result_gives_both_of_sounds_pairs_the_trained_scale(tmp_path, pair):
+    model = tiny_vipant()
+    trainer = ContrastiveTrainer(model, ContrastiveConfig(output_dir=str(tmp_path), use_cpu=True, pairs=[pair]))
+    model.get_parameter(SCALES[pair]).data.fill_(3.25)
+    trainer.save_model(tmp_path / "result")
+    found = VipAntModel.from_pretrained(tmp_path / "result")
+    assert found.audio_image_logit_scale.item() == found.audio_text_logit_scale.item() == 3.25
+    assert found.logit_scale.item() == pytest.approx(2.6592)
+
+
 @pytest.mark.parametrize("bound", [None, 15.0])
 def test_logit_scales_have_a_bound_only_where_one_is_given(tmp_path, bound):
     model = tiny_vipant()
