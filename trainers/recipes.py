@@ -29,7 +29,10 @@ from transformers import (
     set_seed,
 )
 
+from datasets_scripts.builders.tables import is_prepared
 from datasets_scripts.commands import run_command
+from datasets_scripts.shards import open_shards
+from datasets_scripts.streaming import ShardStream
 from modeling_dali import (
     DaliCaptionerProcessor,
     DaliForConditionalGeneration,
@@ -234,8 +237,8 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False):
     Opens a data set.
 
     Args:
-        source (`str`): A folder saved by `datasets`, a folder of shards, a file (parquet, JSON lines, CSV) or a Hub
-            id; behind a `#` the name of a configuration.
+        source (`str`): A folder saved by `datasets`, a folder or URL of shards, a file (parquet, JSON lines, CSV) or a
+            Hub id; behind a `#` the name of a configuration.
         split (`str`, *optional*): The split; by default the only one. What has no splits counts as `train`.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read rows as they come.
 
@@ -252,6 +255,8 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False):
         if path.suffix not in FILE_KINDS:
             raise ValueError(f"{source}: a data set file is one of {', '.join(FILE_KINDS)}.")
         found = datasets.load_dataset(FILE_KINDS[path.suffix], data_files=source, streaming=streaming)
+    elif is_prepared(source):
+        found = ShardStream(source) if streaming else open_shards(source)
     else:
         try:
             found = datasets.load_dataset(source, name or None, streaming=streaming)

@@ -8,6 +8,7 @@ is the same whichever worker, process or resumed run draws it.
 import io
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from datasets_scripts.streaming import ShardStream
 from modeling_dali import audio_io
 
 logger = logging.get_logger(__name__)
@@ -247,39 +249,77 @@ class StreamedRows(torch.utils.data.IterableDataset):
     Rows of a stream, with `epoch` and `index`; one pass over it is one epoch.
 
     Args:
-        stream: A `datasets.IterableDataset` or any iterable that can be gone through again.
+        stream: A `ShardStream`, a `datasets.IterableDataset` or any iterable that can be gone through again.
         length (`int`): Rows of one pass, by which schedules know how far training is.
+
+    Raises:
+        ValueError: if the stream is known to hold fewer rows.
     """
 
     def __init__(self, stream, length: int):
+        if isinstance(stream, ShardStream) and stream.num_rows < length:
+            raise ValueError(f"The stream holds {stream.num_rows} rows, but `train_rows` says {length}.")
         self.stream, self.length = without_decoding(stream), length
+        self._interrupted = (-1, 0, 0)  # epoch, batches of it that were trained on, rows in each
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the rows, and a stream that shuffles, which epoch it is."""
         self._epoch.fill_(epoch)
 
+    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
+        """
+        Lets an epoch go on where an interrupted run was.
+
+        Args:
+            epoch (`int`): The epoch.
+            batches (`int`): How many of its batches were trained on. The loader gives them again and drops them; the
+                rows come as None, and those of a `ShardStream` are not read.
+            batch_size (`int`): Rows of a batch, of all processes together.
+        """
+        self._interrupted = (epoch, batches, batch_size)
+
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict | None]:
         epoch = int(self._epoch)
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
         worker = torch.utils.data.get_worker_info()
-        # In workers a `datasets` stream shares out its shards by itself.
-        shares, mine = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        if hasattr(self.stream, "set_epoch"):
-            shares, mine = 1, 0
-        count = 0
-        for index, row in enumerate(self.stream):
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        # In workers these streams share out their rows by themselves.
+        shares, mine = (1, 0) if hasattr(self.stream, "set_epoch") else (workers, number)
+        first, end = self._rows_to_drop(epoch, workers, number)
+        count = given = 0
+        for index, row in self._numbered(first, end, workers):
             if index == self.length:
                 return
             count += 1
             if index % shares == mine:
-                yield {**row, "epoch": epoch, "index": index}
+                given += 1
+                yield None if first < given <= end else {**row, "epoch": epoch, "index": index}
         if worker is None and count < self.length:
             raise ValueError(f"The stream ends after {count} rows, but `train_rows` says {self.length}.")
+
+    def _rows_to_drop(self, epoch: int, workers: int, number: int) -> tuple[int, int]:
+        """First and end of a worker's rows that come as None: its first batch may fill up an incomplete last one."""
+        interrupted, batches, batch_size = self._interrupted
+        if epoch != interrupted:
+            return 0, 0
+        mine = batches // workers + (number < batches % workers)  # the loader takes batches from workers in turn
+        return min(mine, 1) * batch_size, mine * batch_size
+
+    def _numbered(self, first: int, end: int, workers: int) -> Iterator[tuple[int, dict]]:
+        """Rows and their numbers; those to be dropped are only counted where the stream can go on behind them."""
+        if not isinstance(self.stream, ShardStream) or first == end:
+            yield from enumerate(self.stream)
+            return
+        state = self.stream.state_dict()
+        yield from enumerate(islice(self.stream, first))
+        yield from ((index, {}) for index in range(first, end))
+        self.stream.load_state_dict({**state, "positions": [end] * workers})
+        yield from enumerate(self.stream, end)
 
 
 class WithIds:
@@ -294,5 +334,7 @@ class WithIds:
         self.collator = collator
 
     def __call__(self, rows: list[dict]) -> dict:
-        """The collator's batch, and `ids`."""
+        """The collator's batch, and `ids`; nothing for rows that a resumed run drops (see [`StreamedRows`])."""
+        if rows[0] is None:
+            return {}
         return {**self.collator(rows), "ids": [sample_id(row) for row in rows]}

@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from datasets_scripts.files import locked
+from datasets_scripts.streaming import ShardStream
 from trainers.checkpoints import TRAINED, last_complete, load_trained, read_manifest, write_manifest
 from trainers.model_card import command_line, training_section, write_card
 from trainers.processes import leave_group
@@ -140,7 +141,15 @@ class StageTrainer(Trainer):
         if not args.train_rows:
             raise ValueError("Training on a stream needs `train_rows`, the rows of one pass over it.")
         args.accelerator_config.dispatch_batches = False  # each process decodes its own batches
+        if isinstance(rows, ShardStream):
+            rows.seed = args.data_seed or args.seed
         return StreamedRows(rows, args.train_rows)
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        if isinstance(self.train_dataset, StreamedRows):
+            self.train_dataset.resume(epoch, batches, self._train_batch_size * self.args.world_size)
+        return epoch, batches
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -6,10 +6,14 @@ import signal
 import pytest
 import torch
 
+from datasets_scripts.files import Folder
+from datasets_scripts.shards import commit_shard, finish, grouped
 from modeling_dali import DaliForConditionalGeneration
 from tests.trainers.dali.stage_worker import STAGES, build, start, train
 from tests.trainers.stages import clips
 from trainers.checkpoints import last_complete, read_manifest
+from trainers.recipes import load_rows
+from trainers.rows import without_decoding
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -82,6 +86,26 @@ def test_killed_on_a_stream(tmp_path):
     options = {"rows": clips().to_iterable_dataset(), "train_rows": 8, "loss": "mmd"}
     for name, step in (("whole", 0), ("cut", 5), ("cut", 0)):
         assert start(train, "alignment", tmp_path / name, step, **options) == [-signal.SIGKILL if step else 0]
+    assert_same_bits(tmp_path / "cut", torch.load(tmp_path / "whole" / "final.pt"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Twelve prepared clips, as the stages open them for streaming."""
+    folder = Folder(tmp_path_factory.mktemp("shards"))
+    for index, rows in enumerate(grouped(without_decoding(clips(12)), 5)):
+        commit_shard(folder, index, ({**row, "duration": 0.64} for row in rows))
+    finish(folder, {"settings": {"frames": 3}})
+    return load_rows(folder.path, streaming=True)
+
+
+@pytest.mark.parametrize("group", [{}, {"dataloader_num_workers": 2}, {"world": 2}], ids=["one", "workers", "two"])
+def test_killed_in_mid_epoch_on_prepared_shards(group, shards, tmp_path):
+    options = {"rows": shards, "train_rows": 10, "loss": "mmd", "per_device_train_batch_size": 2, "save_steps": 1}
+    killed = [-signal.SIGKILL] * group.get("world", 1)
+    for name, step in (("whole", 0), ("cut", 9), ("cut", 0)):  # in the midst of an epoch of 5 steps, or 3
+        codes = start(train, "alignment", tmp_path / name, step, **options, **group)
+        assert codes == (killed if step else [0] * len(killed))
     assert_same_bits(tmp_path / "cut", torch.load(tmp_path / "whole" / "final.pt"))
 
 
