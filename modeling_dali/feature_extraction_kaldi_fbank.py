@@ -186,6 +186,27 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
         """The sounds of a processor's call as a list, unread: the call itself reads them, at their own rates."""
         return list_sounds(audio)
 
+    def read(self, audio: Any, sampling_rate: int | None = None) -> np.ndarray:
+        """One clip in any form that [`read_audio`] takes, as a mono waveform [samples] at the extractor's rate."""
+        return read_batch([audio], sampling_rate, self.sampling_rate)[0]
+
+    def split(self, clip: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
+        """
+        Cuts a clip that is longer than the extractor's into windows that follow each other.
+
+        Args:
+            clip (`np.ndarray`): A mono waveform [samples] at the extractor's rate.
+
+        Returns:
+            The windows [samples], each but the last with the margin that completes its last frame, and the seconds
+            that each of them adds. A rest shorter than a frame has no window; its seconds are the last one's.
+        """
+        step = self.window_samples
+        starts = range(0, max(len(clip) - self.frame_samples, 0) + 1, step)
+        ends = [*starts[1:], len(clip)]
+        windows = [clip[start : start + self.crop_samples] for start in starts]
+        return windows, [(end - start) / self.sampling_rate for start, end in zip(starts, ends, strict=True)]
+
     def __call__(
         self,
         audio: Any,

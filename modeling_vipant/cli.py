@@ -102,7 +102,7 @@ def run_search(args: argparse.Namespace) -> None:
     embedder = Embedder.load(args.model or library.model_name, args.device)
     check_model(library, embedder.fingerprint(), embedder.name, index)
     if args.audio is not None:
-        query, what = embedder.sounds([embedder.windows(args.audio)[0]])[0], f"sounds like {args.audio.name}"
+        query, what = embedder.sounds([embedder.windows(args.audio)])[0], f"sounds like {args.audio.name}"
     elif args.image is not None:
         query, what = embedder.image(args.image)[0], f"sounds for {args.image.name}"
     else:

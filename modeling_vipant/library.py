@@ -20,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from modeling_dali.audio_io import read_audio
 from modeling_vipant import VipAntModel, VipAntProcessor
 
 SOUND_SUFFIXES = frozenset(
     ".aac .aif .aiff .avi .flac .m4a .mkv .mov .mp3 .mp4 .oga .ogg .opus .wav .webm .wma".split()
 )
-MIN_REST = 0.1  # of a window: a shorter rest behind the last whole window of a file is left out
 WINDOWS_AT_ONCE = 16
 TABLE = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("seconds", pa.float64())])
 
@@ -72,44 +70,41 @@ class Embedder:
                 digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def windows(self, path: Path) -> tuple[torch.Tensor, float]:
-        """A file's spectrograms `[windows, frames, bins]`, one for each stretch of the model's length, and its length.
+    def windows(self, path: Path) -> dict[str, torch.Tensor]:
+        """A file's spectrograms, one for each stretch of the model's length.
 
         Args:
             path: A sound or video file.
 
         Returns:
-            The windows, and the file's length in seconds.
+            `input_features` `[windows, frames, bins]`, and `window_seconds` `[windows]`, which add up to the file's
+            length.
 
         Raises:
             ValueError, OSError: If the file cannot be read.
         """
         extractor = self.processor.feature_extractor
-        waveform, rate = read_audio(path, target_rate=extractor.sampling_rate)
-        window, reach = extractor.window_samples, extractor.crop_samples  # a piece reaches into the next one's frames
-        starts = range(0, len(waveform), window)
-        if len(starts) > 1 and len(waveform) - starts[-1] < MIN_REST * window:
-            starts = starts[:-1]
-        pieces = [waveform[start : start + reach] for start in starts]
-        features = extractor(pieces, sampling_rate=rate, return_tensors="pt")
-        return features["input_features"], len(waveform) / rate
+        windows, seconds = extractor.split(extractor.read(path))
+        features = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        return {"input_features": features["input_features"], "window_seconds": torch.tensor(seconds)}
 
     @torch.inference_mode()
-    def sounds(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embeddings of several files, each the normalised mean over its windows.
+    def sounds(self, files: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Embeddings of several files, each the normalised mean over its windows, weighted by their duration.
 
         Args:
-            windows: `[windows, frames, bins]` per file.
+            files: What `windows` gave.
 
         Returns:
             `[files, dim]`.
         """
         parts = [
-            self.model.get_audio_features(part.to(self.model.device)).pooler_output.float()
-            for part in torch.cat(list(windows)).split(WINDOWS_AT_ONCE)
+            self.model.get_audio_features(part.to(self.model.device)).pooler_output.float().cpu()
+            for part in torch.cat([file["input_features"] for file in files]).split(WINDOWS_AT_ONCE)
         ]
-        by_file = torch.cat(parts).split([len(part) for part in windows])
-        return F.normalize(torch.stack([part.mean(0) for part in by_file]), dim=-1).cpu()
+        by_file = torch.cat(parts).split([len(file["window_seconds"]) for file in files])
+        sums = [file["window_seconds"] @ part for file, part in zip(files, by_file, strict=True)]
+        return F.normalize(torch.stack(sums), dim=-1)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -235,10 +230,9 @@ class _Windows(torch.utils.data.Dataset):
         path = self.paths[index]
         stat = (self.root / path).stat() if (self.root / path).exists() else None
         try:
-            windows, seconds = self.read(self.root / path)
+            return path, stat, self.read(self.root / path), None
         except (ValueError, OSError) as error:
             return path, stat, None, str(error)
-        return path, stat, windows, seconds
 
 
 def sound_files(root: Path) -> Iterator[str]:
@@ -315,8 +309,9 @@ def index_folder(
             if not readable:
                 continue
             vectors = embedder.sounds([windows for _, _, windows, _ in readable]).numpy()
-            for (path, stat, _, seconds), vector in zip(readable, vectors, strict=True):
+            for (path, stat, windows, _), vector in zip(readable, vectors, strict=True):
                 size, mtime_ns = _signature(stat)
+                seconds = windows["window_seconds"].sum().item()
                 done[path] = ({"path": path, "size": size, "mtime_ns": mtime_ns, "seconds": seconds}, vector)
                 report.changed += path in old
                 report.added += path not in old
@@ -394,7 +389,7 @@ def classify(
     if "{}" not in prompt:
         raise LibraryError(f"the prompt {prompt!r} has no {{}} for the label")
     texts = embedder.texts([prompt.replace("{}", name) for name in names])
-    sounds = embedder.sounds([embedder.windows(path)[0] for path in paths])
+    sounds = embedder.sounds([embedder.windows(path) for path in paths])
     scale = embedder.model.audio_text_logit_scale.detach().float().exp().cpu()
     probabilities = (scale * sounds @ texts.T).softmax(-1).tolist()
     return [sorted(zip(names, row, strict=True), key=lambda pair: -pair[1]) for row in probabilities]

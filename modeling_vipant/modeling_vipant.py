@@ -7,6 +7,8 @@ The path of a sound, top to bottom: spectrogram -> overlapping patches + positio
 transformer (`VipAntAudioModel`) -> class token -> projection -> unit length (`VipAntModel.get_audio_features`).
 """
 
+import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vipant import VipAntAudioConfig, VipAntConfig
+from .pipeline_vipant import CUSTOM_PIPELINES
 
 FIRST_SLICED_STEP = 6  # of time; where the positions of shorter spectrograms begin
 
@@ -302,28 +305,48 @@ class VipAntModel(VipAntPreTrainedModel):
         model.audio_projection.load_state_dict(clip.visual_projection.state_dict())
         return model
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """The base class's; the configuration names the pipeline whose code is saved beside it."""
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers writes classes into it
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @can_return_tuple
     def get_audio_features(
         self,
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
+        window_seconds: torch.Tensor | None = None,
         normalize: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Embeds sounds.
 
         Args:
-            input_features: Normalised log-mel spectrograms, `[batch, frames, bins]`; any number of frames.
+            input_features: Normalised log-mel spectrograms, `[batch, frames, bins]`; any number of frames. Or
+                `[batch, windows, frames, bins]`, with `window_seconds`.
             input_features_mask: Accepted from the front end and not used: padding is silence to the tower, as it was
                 in training.
+            window_seconds: How long each window of a sound is, `[batch, windows]`; 0 where a sound has no more. The
+                embedding of a sound is the mean of those of its windows, weighted by their duration.
             normalize: Whether embeddings are given unit length.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            The tower's output with the embeddings `[batch, projection_dim]` as its `pooler_output`.
+            The tower's output with the embeddings `[batch, projection_dim]` as its `pooler_output`; everything else
+            in it is of single windows.
         """
-        outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
-        return embed(outputs, self.audio_projection, normalize)
+        if window_seconds is None:
+            outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
+            return embed(outputs, self.audio_projection, normalize)
+        present = window_seconds > 0
+        outputs = self.audio_model(input_features=input_features[present], return_dict=True, **kwargs)
+        windows = embed(outputs, self.audio_projection, normalize=True).pooler_output  # [windows of all, dim]
+        embeds = windows.new_zeros(*present.shape, windows.shape[-1])
+        embeds[present] = windows
+        weights = (window_seconds / window_seconds.sum(1, keepdim=True)).to(windows.dtype)
+        mean = (weights[..., None] * embeds).sum(1)
+        outputs.pooler_output = F.normalize(mean, dim=-1) if normalize else mean
+        return outputs
 
     @can_return_tuple
     def get_image_features(
@@ -372,6 +395,7 @@ class VipAntModel(VipAntPreTrainedModel):
         input_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
+        window_seconds: torch.Tensor | None = None,
         return_loss: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VipAntOutput:
@@ -380,10 +404,11 @@ class VipAntModel(VipAntPreTrainedModel):
         Args:
             input_ids: Texts, `[texts, length]`.
             pixel_values: Images, `[images, 3, height, width]`.
-            input_features: Sounds, `[sounds, frames, bins]`.
+            input_features: Sounds, `[sounds, frames, bins]`; long ones in windows, see `get_audio_features`.
             attention_mask: Mask of the texts, `[texts, length]`.
             input_features_mask: Accepted from the front end and not used: padding is silence to the tower, as it was
                 in training.
+            window_seconds: How long each window of a long sound is, `[sounds, windows]`.
             return_loss: Whether the inputs are matched pairs whose contrastive loss is wanted.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -400,7 +425,9 @@ class VipAntModel(VipAntPreTrainedModel):
             raise ValueError("VipAntModel needs input_features, pixel_values or input_ids")
         audio = image = text = audio_embeds = image_embeds = text_embeds = None
         if input_features is not None:
-            audio = self.get_audio_features(input_features, normalize=False, return_dict=True, **kwargs)
+            audio = self.get_audio_features(
+                input_features, window_seconds=window_seconds, normalize=False, return_dict=True, **kwargs
+            )
             audio_embeds = F.normalize(audio.pooler_output, dim=-1)
         if pixel_values is not None:
             image = self.get_image_features(pixel_values, normalize=False, return_dict=True, **kwargs)

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
 
 class VipAntAudioKwargs(TypedDict, total=False):
-    """What a call may say about sound without naming it: `padding` and `max_length` are of text."""
+    """What a call may say about sound. `padding`, `truncation` and `max_length` are of text unless they come as
+    `audio_kwargs={...}`."""
 
     sampling_rate: int | Sequence[int] | None
     crop: str | None
-    truncation: bool | None
     return_tensors: str | None
 
 
@@ -29,6 +31,10 @@ class VipAntProcessor(ProcessorMixin):
         feature_extractor: A `KaldiFbankFeatureExtractor` with VIP-ANT's numbers (`vipant_feature_extractor()`).
         image_processor: CLIP's image processor.
         tokenizer: CLIP's tokenizer.
+
+    A sound that is longer than the feature extractor's clip is heard whole, in windows that the model weights by their
+    duration, unless `crop` ("center", "start" or "random") or `audio_kwargs={"truncation": True}` says that a part
+    will do.
 
     Example:
         ```python
@@ -47,6 +53,28 @@ class VipAntProcessor(ProcessorMixin):
         """Lists of texts, pictures and sounds; the sounds are unread: the feature extractor does that."""
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         return images, text, videos, self.feature_extractor.fetch_audio(audio)
+
+    def _process_audio(self, audio: list, sampling_rate=None, return_tensors=None, **kwargs) -> tuple[dict, list]:
+        """Features of sounds, whole: where one is longer than a clip, all come in windows with `window_seconds`."""
+        if any(kwargs.get(name) is not None for name in ("crop", "truncation", "max_length")):  # a part is asked for
+            return super()._process_audio(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
+        extractor = self.feature_extractor
+        rates = sampling_rate if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(audio)
+        clips = [extractor.split(extractor.read(sound, rate)) for sound, rate in zip(audio, rates, strict=True)]
+        features = extractor(
+            [window for windows, _ in clips for window in windows],
+            sampling_rate=extractor.sampling_rate,
+            return_tensors="pt",
+            **kwargs,
+        )
+        if len(features["input_features"]) > len(clips):
+            counts = [len(windows) for windows, _ in clips]
+            features = {name: pad_sequence(tensor.split(counts), True) for name, tensor in features.items()}
+            seconds = [torch.tensor(seconds) for _, seconds in clips]
+            features["window_seconds"] = pad_sequence(seconds, batch_first=True)
+        if return_tensors is None:
+            features = {name: list(tensor.numpy()) for name, tensor in features.items()}
+        return features, []
 
     def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs) -> dict:
         """The base class's, which would drop keywords that nothing knows."""

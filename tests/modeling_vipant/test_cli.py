@@ -154,12 +154,17 @@ def test_update_reads_only_new_and_changed_files(sounds, embedder, tmp_path, mon
 def test_long_files_are_averaged_over_windows(embedder, tmp_path):
     seconds = embedder.processor.feature_extractor.window_samples / 16_000  # 0.64
     write_sound(tmp_path / "long.wav", seed=1, seconds=3 * seconds)
-    windows, length = embedder.windows(tmp_path / "long.wav")
-    assert windows.shape[0] == 3 and length == pytest.approx(3 * seconds, abs=1e-3)
-    embeds = embedder.model.get_audio_features(windows).pooler_output
+    windows = embedder.windows(tmp_path / "long.wav")
+    assert windows["window_seconds"].tolist() == pytest.approx([seconds] * 3, abs=1e-3)
+    embeds = embedder.model.get_audio_features(windows["input_features"]).pooler_output
     torch.testing.assert_close(embedder.sounds([windows])[0], F.normalize(embeds.mean(0), dim=0))
-    write_sound(tmp_path / "odd.wav", seed=1, seconds=1.05 * seconds)
-    assert embedder.windows(tmp_path / "odd.wav")[0].shape[0] == 1  # a rest under a tenth of a window is left out
+    write_sound(tmp_path / "odd.wav", seed=1, seconds=1.25 * seconds)
+    windows = embedder.windows(tmp_path / "odd.wav")  # the second one is a quarter as long, and counts a quarter
+    embeds = embedder.model.get_audio_features(windows["input_features"]).pooler_output
+    torch.testing.assert_close(embedder.sounds([windows])[0], F.normalize(embeds[0] + 0.25 * embeds[1], dim=0))
+    write_sound(tmp_path / "rest.wav", seed=1, seconds=seconds + 0.02)
+    windows = embedder.windows(tmp_path / "rest.wav")  # what is shorter than a frame has no window
+    assert windows["window_seconds"].tolist() == pytest.approx([seconds + 0.02], abs=1e-3)
 
 
 def test_other_rates_and_channels(embedder, tmp_path):
@@ -167,7 +172,7 @@ def test_other_rates_and_channels(embedder, tmp_path):
     wave = 0.3 * np.sin(2 * np.pi * 440 * time)
     soundfile.write(tmp_path / "stereo.wav", np.stack([2 * wave, 0 * wave], 1), 44_100, subtype="FLOAT")
     soundfile.write(tmp_path / "mono.wav", wave, 44_100, subtype="FLOAT")
-    stereo, mono = (embedder.sounds([embedder.windows(tmp_path / f"{n}.wav")[0]]) for n in ("stereo", "mono"))
+    stereo, mono = (embedder.sounds([embedder.windows(tmp_path / f"{n}.wav")]) for n in ("stereo", "mono"))
     torch.testing.assert_close(stereo, mono)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from modeling_vipant import VipAntForAudioClassification, VipAntModel
@@ -25,8 +26,9 @@ folder, waveform = sys.argv[1], np.load(sys.argv[2])
 """
 
 
-def run_as_a_stranger(tmp_path, code: str, *arguments) -> str:
+def run_as_a_stranger(tmp_path, code: str, *arguments, path: str | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {} if path is None else {"PATH": path}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "mods")}
     result = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER + code, *map(str, arguments)],
@@ -46,6 +48,7 @@ def saved(tmp_path_factory):
     tiny_processor().save_pretrained(folder)
     waveform = 0.1 * np.random.default_rng(0).standard_normal(9_000).astype(np.float32)
     np.save(folder / "waveform.npy", waveform)
+    soundfile.write(folder / "waveform.wav", waveform, 16_000, subtype="FLOAT")
     return folder
 
 
@@ -89,11 +92,21 @@ def test_zero_shot_pipeline(saved, tmp_path):
         tmp_path,
         """
 pipe = transformers.pipeline("zero-shot-audio-classification", model=folder, trust_remote_code=True)
-for score in pipe(waveform, candidate_labels=["rain", "dog", "bell"], hypothesis_template="the sound of {}"):
+ask = {"candidate_labels": ["rain", "dog", "bell"], "hypothesis_template": "the sound of {}"}
+by_path, by_array = pipe(sys.argv[3], **ask), pipe({"array": waveform, "sampling_rate": 16_000}, **ask)
+assert by_path == by_array
+for scores in pipe([sys.argv[3]] * 2, batch_size=2, **ask):
+    for one, other in zip(scores, by_path, strict=True):
+        assert one["label"] == other["label"] and abs(one["score"] - other["score"]) < 1e-6, (scores, by_path)
+for score in by_path:
     print(score["label"], score["score"])
+pipe.model.save_pretrained(sys.argv[4])  # a loaded pipeline leaves its model fit to be saved
 """,
         saved,
         saved / "waveform.npy",
+        saved / "waveform.wav",
+        tmp_path / "again",
+        path="/nonexistent",  # no ffmpeg
     )
     got = {label: float(score) for label, score in (line.split() for line in output.splitlines())}
     inputs = tiny_processor()(
@@ -139,6 +152,7 @@ def test_hub_files_import_nothing_of_the_project(saved):
         "configuration_vipant.py",
         "feature_extraction_kaldi_fbank.py",
         "modeling_vipant.py",
+        "pipeline_vipant.py",
         "processing_vipant.py",
     ]
 

@@ -51,7 +51,7 @@ def test_long_texts_are_cut_to_the_towers_length():
 def test_other_clip_lengths_by_one_number():
     processor = tiny_processor()
     processor.feature_extractor.num_frames = 115
-    inputs = processor(audio=[sound(1, seconds=3.0)], sampling_rate=16_000, return_tensors="pt")
+    inputs = processor(audio=[sound(1, seconds=3.0)], sampling_rate=16_000, crop="center", return_tensors="pt")
     assert inputs["input_features"].shape == (1, 115, NUM_BINS)
     assert tiny_vipant()(**inputs).audio_embeds.shape == (1, 24)
 
@@ -93,9 +93,33 @@ def test_keywords_act_or_raise():
     assert processor(text=["rain falls"], max_length=4, return_tensors="pt")["input_ids"].shape == (1, 4)
     long = {"audio": [sound(0, seconds=2.0)], "sampling_rate": 16_000}
     with pytest.raises(ValueError, match="`truncation` is off"):
-        processor(**long, truncation=False)
-    crops = [processor(**long, crop=crop, truncation=True)["input_features"] for crop in ("start", "center")]
-    assert not torch.equal(*crops)
+        processor(**long, audio_kwargs={"truncation": False})
+    crops = [processor(**long, crop=crop, return_tensors="pt")["input_features"] for crop in ("start", "center")]
+    assert crops[0].shape == crops[1].shape == (1, NUM_FRAMES, NUM_BINS) and not torch.equal(*crops)
     for unknown in ({"windows": 3}, {"audio_kwargs": {"windows": 3}}):
         with pytest.raises(TypeError, match="windows"):
             processor(**long, **unknown)
+
+
+def test_long_sounds_are_heard_whole_and_windows_count_by_their_duration():
+    processor, model = tiny_processor(), tiny_vipant()
+    window = processor.feature_extractor.window_samples
+    sounds = [sound(0, seconds=0.64), sound(1, seconds=2.0)[: 2 * window + window // 2], sound(2)]
+    inputs = processor(audio=sounds, text=["rain"], sampling_rate=16_000, return_tensors="pt")
+    assert inputs["input_features"].shape == (3, 3, NUM_FRAMES, NUM_BINS)
+    seconds = window / 16_000
+    expected = [[seconds, 0, 0], [seconds, seconds, seconds / 2], [len(sounds[2]) / 16_000, 0, 0]]
+    torch.testing.assert_close(inputs["window_seconds"], torch.tensor(expected))
+    outputs = model(**inputs)
+    for index in (0, 2):
+        alone = processor(audio=[sounds[index]], sampling_rate=16_000, return_tensors="pt")
+        assert alone["input_features"].ndim == 3
+        embeds = model.get_audio_features(**alone).pooler_output[0]
+        torch.testing.assert_close(outputs.audio_embeds[index], embeds, atol=1e-5, rtol=0)
+    pieces = [sounds[1][start : start + processor.feature_extractor.crop_samples] for start in (0, window, 2 * window)]
+    parts = processor.feature_extractor(pieces, sampling_rate=16_000, return_tensors="pt")["input_features"]
+    embeds = model.get_audio_features(parts).pooler_output
+    mean = torch.nn.functional.normalize(2 * embeds[0] + 2 * embeds[1] + embeds[2], dim=0)
+    torch.testing.assert_close(outputs.audio_embeds[1], mean, atol=1e-5, rtol=0)
+    lists = processor(audio=sounds, sampling_rate=16_000)
+    assert all(isinstance(value, list) for value in lists.values())
