@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+from huggingface_hub.errors import StrictDataclassError
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError, StrictDataclassError)
 
 
 def run_command(
@@ -27,13 +29,28 @@ def run_command(
     """
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
+    return exit_code(lambda: command(options), options.debug)
+
+
+def exit_code(command: Callable[[], int], debug: bool = False) -> int:
+    """Runs a command whose errors end in one line on the terminal.
+
+    Args:
+        command (`Callable`):
+            Does the work and returns its exit code.
+        debug (`bool`, *optional*, defaults to `False`):
+            Whether to show where an error comes from instead.
+
+    Returns:
+        `int`: the exit code: the command's, 1 after an error, 130 after an interrupt from the keyboard.
+    """
     try:
-        return command(options)
+        return command()
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if options.debug:
+        if debug:
             raise
         kind = "" if isinstance(error, USER_ERRORS) else f"unexpected {type(error).__name__}: "
         print(f"error: {kind}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, MemoryError, StrictDataclassError)
+from datasets_scripts.commands import exit_code
 
 
 def new_app(name: str, description: str) -> typer.Typer:
@@ -82,22 +81,15 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         `int`: the exit code: the command's, 1 after a user's error, 2 for wrong usage, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    try:
-        command = typer.main.get_command(app)
-        command([argument for argument in arguments if argument != "--debug"], prog_name=app.info.name)
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            raise
-        kind = "" if isinstance(error, USER_ERRORS) else f"unexpected {type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    return 0
+    rest = [argument for argument in arguments if argument != "--debug"]
+
+    def run() -> int:
+        try:
+            typer.main.get_command(app)(rest, prog_name=app.info.name)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                raise ValueError(end.code) from end
+            return end.code or 0
+        return 0
+
+    return exit_code(run, debug=len(rest) < len(arguments))

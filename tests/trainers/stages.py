@@ -106,6 +106,11 @@ def image_caption(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
         return model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
 
+def environment() -> dict[str, str]:
+    """Of a process of its own: offline, one thread, this project's code."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def run_command(*arguments: str, expect: int | None = 0) -> subprocess.CompletedProcess:
     """
     `python ARGUMENTS` in a process of its own.
@@ -113,8 +118,7 @@ def run_command(*arguments: str, expect: int | None = 0) -> subprocess.Completed
     Returns:
         The finished process; checked to end with `expect`, unless that is None.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert expect is None or done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done

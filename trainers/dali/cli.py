@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+import typer
+
 from trainers.cli import handed_on, new_app, new_group, run_app
 
 app = new_app("dali", "Captions for sound, learnt from video without a single audio-text pair.")
@@ -23,6 +25,29 @@ handed_on(train, "distill", "trainers.dali.distillation", "Stage 2: the audio pr
 handed_on(app, "pseudo-caption", "trainers.dali.pseudo_captions", "Stage 2: caption videos from picture and sound.")
 handed_on(app, "evaluate", "trainers.dali.evaluate", "Caption a data set and score the captions.")
 handed_on(app, "convert", "modeling_dali.convert_original", "Convert the authors' weights.")
+
+
+@app.command("run")
+def run_recipe(
+    recipe: str = typer.Argument(help="A YAML file, or the name of a recipe that comes with the project."),
+    model: str = typer.Option(None, help="The captioner of pictures: folder or Hub id."),
+    videos: str = typer.Option(None, help="Folder of videos, list of files, or index in AudioSet's format."),
+    dataset: str = typer.Option(None, help="Prepared clips in place of videos."),
+    prefix_dataset: str = typer.Option(None, "--prefix_dataset", help="Pictures with captions of their sound."),
+    audio_encoder: str = typer.Option(None, "--audio_encoder", help="What the audio encoder starts from."),
+    output_dir: str = typer.Option(None, "--output_dir", help="Folder of everything the run makes."),
+    dtype: str = typer.Option(None, help="Of the frozen weights."),
+    seed: int = typer.Option(None, help="Of all stages."),
+) -> None:
+    """All stages by one recipe, from videos to a captioner; run it again to go on after an interruption."""
+    given = dict(locals())
+    from trainers.dali.run import read_run, run
+
+    config = read_run(given.pop("recipe"), given)
+    run(config)
+    typer.echo(
+        f"The captioner is in {config.output_dir}/model. Try: dali caption FILE --model {config.output_dir}/model"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

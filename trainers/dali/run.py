@@ -6,8 +6,8 @@ Each stage reads what the former left and writes a folder of its own below `outp
 
     prepare -> data, prefix -> prefix, align -> aligned, pseudo-caption -> pseudo_captions, distill -> model
 
-A run that was interrupted goes on where it was cut off, to the same bits. A recipe is YAML: the fields of [`RunConfig`],
-and for each stage a section of its own settings; what a section leaves out is as published.
+A run that was interrupted goes on where it was cut off, to the same bits. A recipe is YAML: the fields of
+[`RunConfig`], and for each stage a section of its own settings; what a section leaves out is as published.
 """
 
 import shutil
@@ -94,7 +94,7 @@ def read_run(recipe: str, given: Mapping[str, Any]) -> RunConfig:
 
 
 def stage_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings of each stage after preparing, by the stage's name: its section, with this run's folders and seed."""
+    """Settings of each stage after preparing, by its name: its section, with this run's folders and seed."""
     output = Path(config.output_dir)
     common = {"dtype": config.dtype, "seed": config.seed}
     training = common | {"disable_tqdm": True, "report_to": "none"}
@@ -171,7 +171,9 @@ def _training(new_trainer, settings):
         trainer.run(f"dali run (stage of {Path(settings.output_dir).parent})", settings.dataset)
         scorers = Path(settings.model, SCORERS)
         if scorers.exists() and not Path(settings.output_dir, SCORERS).exists():
-            shutil.copy(scorers, settings.output_dir)  # for `dali explain`: stage 2 leaves the audio tokens as they were
+            shutil.copy(
+                scorers, settings.output_dir
+            )  # for `dali explain`: stage 2 leaves the audio tokens as they were
 
     return train
 
