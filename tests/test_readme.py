@@ -84,8 +84,8 @@ def test_make_demo_captions_samples_that_are_not_there_yet(files, tmp_path):
 
 
 def test_caption_commands_run(workplace, capsys):
-    from modeling_dali.cli import main
     from tests.modeling_dali.test_audio_io import write_video
+    from trainers.dali.cli import main
 
     write_video(workplace / "clip.mp4")
     run = [words for words in commands() if words[:2] == ["dali", "caption"]]

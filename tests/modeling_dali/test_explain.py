@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from examples.sounding_world.demo import write_video
-from modeling_dali import cli
 from modeling_dali.explain import (
     Scorers,
     explain,
@@ -22,6 +21,7 @@ from modeling_dali.explain import (
 )
 from tests.tiny import tiny_dali
 from tests.trainers.stages import clips, settings
+from trainers.dali import cli
 from trainers.dali.alignment import AlignmentConfig, AlignmentTrainer
 from trainers.losses import TransportScorer, optimal_transport
 
@@ -123,14 +123,14 @@ def test_command_writes_a_picture_for_each_file(tmp_path, capsys):
     assert cli.main(command) == 1
     out, err = capsys.readouterr()
     assert "missing.mp4: there is no such file" in err and "sound.wav" in err and "2 of 3" in err
-    assert "no scorer.safetensors" in err
+    assert "No scorer.safetensors" in err
     assert out.split() == [str(tmp_path / "out" / "clip.where.png")]
     assert Image.open(tmp_path / "out" / "clip.where.png").size[0] > 1000
     PICTURE.save(tmp_path / "picture.png")
     new_scorers(tmp_path / "model")
     rest = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert cli.main(["explain", files[1], *rest, "--image", str(tmp_path / "picture.png")]) == 0
-    assert (tmp_path / "out" / "sound.where.png").exists() and "no scorer" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "sound.where.png").exists() and "No scorer" not in capsys.readouterr().err
     assert cli.main(["explain", files[2], *rest, "--start", "60"]) == 1
     assert "ends before 60 s" in capsys.readouterr().err
     assert cli.main(["explain", files[2], "--model", str(tmp_path / "nothing")]) == 2

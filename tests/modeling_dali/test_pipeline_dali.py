@@ -12,10 +12,10 @@ import soundfile
 from PIL import Image
 from transformers import pipeline
 
-from modeling_dali.cli import main
 from modeling_dali.pipeline_dali import AudioCaptioningPipeline
 from tests.modeling_dali.test_audio_io import write_video
 from tests.tiny import tiny_dali
+from trainers.dali.cli import main
 
 RATE = 16_000
 
@@ -111,7 +111,7 @@ def test_a_saved_folder_brings_the_pipeline_along(folder, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    arguments = ["caption", "--model", str(folder / "model"), "--max-new-tokens", "5", "--json"]
+    arguments = ["caption", "--model", str(folder / "model"), "--max-new-tokens", "5", "--format", "jsonl"]
     assert main([*arguments, *files(folder)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = [

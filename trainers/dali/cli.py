@@ -2,14 +2,54 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from trainers.cli import handed_on, new_app, new_group, run_app
 
 app = new_app("dali", "Captions for sound, learnt from video without a single audio-text pair.")
-handed_on(app, "caption", "modeling_dali.cli", "Caption sounds and videos.", "caption")
-handed_on(app, "explain", "modeling_dali.cli", "Show where in a video's picture its sound is.", "explain")
+MODEL = typer.Option(help="A DALI model: folder or Hub id.")
+FILES = typer.Argument(help="Sounds and videos: files, folders, URLs.")
+DEVICE = typer.Option(help="Such as cpu or cuda:1; by default a GPU where there is one.")
+
+
+@app.command("caption")
+def caption(
+    files: Annotated[list[str], FILES],
+    model: Annotated[str, MODEL],
+    image: Annotated[str | None, typer.Option(help="A picture of the scene, used with every file.")] = None,
+    with_video: Annotated[bool, typer.Option("--with-video", help="Use the middle frame of each video.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows at a time.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest caption.")] = None,
+    output: Annotated[str | None, typer.Option(help="File to write, or a folder for subtitles.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--format", help="text, jsonl, csv, srt, vtt or html; --output's ending says it too.")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Caption sounds and videos, a line for each window of the sound."""
+    given = dict(locals())
+    from trainers.dali.caption import run_caption
+
+    raise typer.Exit(run_caption(**given))
+
+
+@app.command("explain")
+def explain(
+    files: Annotated[list[str], FILES],
+    model: Annotated[str, MODEL],
+    image: Annotated[str | None, typer.Option(help="A picture in place of the middle frame.")] = None,
+    start: Annotated[float, typer.Option(help="Where in the sound to begin, in seconds.")] = 0.0,
+    output: Annotated[str, typer.Option(help="Folder of the pictures FILE.where.png.")] = ".",
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Show where in a video's picture its sound is."""
+    given = dict(locals())
+    from trainers.dali.caption import run_explain
+
+    raise typer.Exit(run_explain(**given))
+
 
 data = new_group(app, "data", "From videos or public data sets to training rows.")
 handed_on(data, "prepare", "datasets_scripts.prepare", "Cut videos into clips of sound and frames, in shards.")
@@ -29,15 +69,19 @@ handed_on(app, "convert", "modeling_dali.convert_original", "Convert the authors
 
 @app.command("run")
 def run_recipe(
-    recipe: str = typer.Argument(help="A YAML file, or the name of a recipe that comes with the project."),
-    model: str = typer.Option(None, help="The captioner of pictures: folder or Hub id."),
-    videos: str = typer.Option(None, help="Folder of videos, list of files, or index in AudioSet's format."),
-    dataset: str = typer.Option(None, help="Prepared clips in place of videos."),
-    prefix_dataset: str = typer.Option(None, "--prefix_dataset", help="Pictures with captions of their sound."),
-    audio_encoder: str = typer.Option(None, "--audio_encoder", help="What the audio encoder starts from."),
-    output_dir: str = typer.Option(None, "--output_dir", help="Folder of everything the run makes."),
-    dtype: str = typer.Option(None, help="Of the frozen weights."),
-    seed: int = typer.Option(None, help="Of all stages."),
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with the project.")],
+    model: Annotated[str | None, typer.Option(help="The captioner of pictures: folder or Hub id.")] = None,
+    videos: Annotated[str | None, typer.Option(help="Folder, list of files, or index in AudioSet's format.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Prepared clips in place of videos.")] = None,
+    prefix_dataset: Annotated[
+        str | None, typer.Option("--prefix_dataset", help="Pictures with captions of their sound.")
+    ] = None,
+    audio_encoder: Annotated[
+        str | None, typer.Option("--audio_encoder", help="What the audio encoder starts from.")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of everything the run makes.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all stages.")] = None,
 ) -> None:
     """All stages by one recipe, from videos to a captioner; run it again to go on after an interruption."""
     given = dict(locals())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.dali.caption_files import Line, chosen_format, distinct_names, write_captions
+from trainers.dali.caption_formats import Line, chosen_format, distinct_names, write_captions
 
 LINES = [
     Line("a/bell.wav", 0.0, 10.24, "a bell rings"),
