@@ -17,7 +17,8 @@ from examples.sounding_world import ablation
 from examples.sounding_world import demo as demo_module
 from examples.sounding_world.ablation import AblationConfig
 from examples.sounding_world.demo import RECIPES, Demo, DemoConfig, area_under_roc, must_hold, run, values_by_kind
-from modeling_dali import cli
+from modeling_dali.audio_io import read_audio
+from trainers.dali import cli
 from trainers.dali.alignment import AlignmentConfig
 
 QUICK = {"use_cpu": True, "max_steps": 3, "save_steps": 1, "logging_steps": 1}
@@ -78,7 +79,7 @@ def test_the_model_loads_and_captions(finished, capsys):
     assert cli.main(["caption", *videos, "--with-video", "--model", f"{config.output}/model"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 4
     for sound, video in zip(sounds, videos, strict=True):  # they begin and end together, whatever AAC puts before it
-        plain, coded = (cli.read_audio(file)[0] for file in (sound, video))
+        plain, coded = (read_audio(file)[0] for file in (sound, video))
         assert plain.shape == coded.shape and np.corrcoef(plain, coded)[0, 1] > 0.9
 
 

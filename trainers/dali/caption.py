@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
+import modeling_dali  # noqa: F401 (makes the Auto classes know DALI)
 from datasets_scripts.clips import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS
 from modeling_dali.audio_io import ClipError, read_audio, read_middle_frame
 from modeling_dali.explain import draw, explain, find_scorers
 from modeling_dali.pipeline_dali import Window, caption_windows, cut_windows
 from trainers.dali.caption_formats import Line, as_json, as_text, chosen_format, distinct_names, write_captions
-from trainers.recipes import load_model
 from trainers.rows import read_image
 
 MEDIA = AUDIO_EXTENSIONS + VIDEO_EXTENSIONS
@@ -237,12 +238,14 @@ def open_model(model: str, device: str | None) -> tuple:
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"--device {device}: there is no such device; cpu, cuda and cuda:1 are names of some"
-        ) from error
+        raise ValueError(f"--device {device}: there is no such device; say cpu, cuda or cuda:1") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: there is no usable GPU here; leave --device out to use the CPU")
-    captioner, processor = load_model(model, dtype="auto")
+    kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    if kind not in ("dali", "dali_captioner"):
+        raise ValueError(f"{model} is a {kind} model, which does not hear: give a DALI model or an ear")
+    captioner = AutoModel.from_pretrained(model, dtype="auto", trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     return captioner.to(place).eval(), processor
 
 

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from modeling_dali import DaliCaptionerProcessor, DaliForImageTextToText
-from modeling_dali.cli import main as dali
 from tests.tiny import tiny_audio_config, tiny_feature_extractor
 from tests.tiny_captioners import save_gemma3, tiny_gemma3_processor
 from tests.trainers.stages import clips, moved, picture, settings, state
 from trainers.dali.alignment import AlignmentConfig, AlignmentTrainer, pad_tokens
+from trainers.dali.cli import main as dali
 from trainers.dali.distillation import DistillationConfig, DistillationTrainer, join_captions
 from trainers.dali.evaluate import EvaluationConfig, evaluate
 from trainers.dali.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
@@ -80,7 +80,7 @@ def test_all_stages(tmp_path, capsys):
     picture(0).save(tmp_path / "a.png")
     capsys.readouterr()
     arguments = [str(tmp_path / "a.wav"), "--model", str(tmp_path / "model"), "--image", str(tmp_path / "a.png")]
-    assert dali(["caption", *arguments, "--json"]) == 0
+    assert dali(["caption", *arguments, "--format", "jsonl"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"file", "start", "end", "caption"}
     assert dali(["explain", *arguments, "--output", str(tmp_path)]) == 0
     assert (tmp_path / "a.where.png").exists()
