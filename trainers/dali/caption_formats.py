@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
 
+from datasets_scripts.clips import VIDEO_EXTENSIONS
 from datasets_scripts.files import write_whole
 
 FORMATS = ("text", "jsonl", "csv", "srt", "vtt", "html")
@@ -140,13 +141,11 @@ def as_page(lines: Sequence[Line], title: str, folder: Path) -> str:
         title (`str`): Of the page.
         folder (`Path`): Where the page will lie; media are linked relative to it.
     """
-    files = [
-        {"name": file, "source": media_source(file, folder), "lines": [line for line in lines if line.file == file]}
-        for file in dict.fromkeys(line.file for line in lines)
-    ]
-    for entry in files:
-        entry["seconds"] = max(line.end for line in entry["lines"])
-        entry["video"] = Path(entry["name"]).suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".m4v")
+    files = []
+    for name in dict.fromkeys(line.file for line in lines):
+        own = [line for line in lines if line.file == name]
+        video = Path(name).suffix.lower() in VIDEO_EXTENSIONS
+        files.append({"name": name, "source": media_source(name, folder), "lines": own, "video": video})
     loader = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     loader.filters["clock"] = lambda seconds: clock(seconds).removeprefix("00:")[:-2]
     return loader.get_template("captions.html").render(title=title, files=files)

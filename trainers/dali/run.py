@@ -11,9 +11,10 @@ A run that was interrupted goes on where it was cut off, to the same bits. A rec
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainers.dali import alignment, distillation, prefix_tuning
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_data_set
 from trainers.progress import Progress, Stage, run_stages
 from trainers.recipes import find_recipe, parse_recipe
+from trainers.stage import StageTrainer
 
 SCORERS = "scorer.safetensors"
 
@@ -144,7 +146,7 @@ def run(config: RunConfig) -> dict[str, dict]:
         return run_stages(list(stages(config)), output / "done")
 
 
-def stages(config: RunConfig) -> Sequence[Stage]:
+def stages(config: RunConfig) -> Iterator[Stage]:
     """The stages of a run, in order."""
     settings = stage_settings(config)
     makers = {
@@ -153,29 +155,26 @@ def stages(config: RunConfig) -> Sequence[Stage]:
         "distill": distillation.new_trainer,
     }
     weights = {"prepare": 1, "prefix": 1, "align": 6, "pseudo-caption": 2, "distill": 2}
-    found = []
     if config.videos:
-        found.append(Stage("prepare", weights["prepare"], lambda progress: prepare_videos(config)))
+        yield Stage("prepare", weights["prepare"], lambda progress: prepare_videos(config))
     for name, given in settings.items():
-        if name == "pseudo-caption":
-            found.append(Stage(name, weights[name], lambda progress, given=given: caption_data_set(given)))
-        else:
-            found.append(Stage(name, weights[name], _training(makers[name], given)))
-    return found
+        run = partial(caption, given) if name == "pseudo-caption" else partial(train, makers[name], given)
+        yield Stage(name, weights[name], run)
 
 
-def _training(new_trainer, settings):
-    def train(progress: Progress) -> None:
-        trainer = new_trainer(settings)
-        progress.follow(trainer)
-        trainer.run(f"dali run (stage of {Path(settings.output_dir).parent})", settings.dataset)
-        scorers = Path(settings.model, SCORERS)
-        if scorers.exists() and not Path(settings.output_dir, SCORERS).exists():
-            shutil.copy(
-                scorers, settings.output_dir
-            )  # for `dali explain`: stage 2 leaves the audio tokens as they were
+def caption(settings: PseudoCaptionConfig, progress: Progress) -> None:
+    """Writes the pseudo-captions."""
+    caption_data_set(settings)
 
-    return train
+
+def train(new_trainer: Callable[[Any], StageTrainer], settings: Any, progress: Progress) -> None:
+    """Trains a stage; what was trained is in its `output_dir`."""
+    trainer = new_trainer(settings)
+    progress.follow(trainer)
+    trainer.run(f"dali run (stage of {Path(settings.output_dir).parent})", settings.dataset)
+    scorers = Path(settings.model, SCORERS)
+    if scorers.exists() and not Path(settings.output_dir, SCORERS).exists():
+        shutil.copy(scorers, settings.output_dir)  # stage 2 leaves the audio tokens as they were
 
 
 def prepare_videos(config: RunConfig) -> None:
