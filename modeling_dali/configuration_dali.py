@@ -65,6 +65,12 @@ class DaliAudioConfig(PreTrainedConfig):
         """Patches over frequency and over time; tokens run over frequency first, so (8, 64) is 8 rows of 64 tokens."""
         return self.num_mel_bins // self.patch_size, self.num_frames // self.patch_size
 
+    @property
+    def max_source_positions(self) -> int:
+        """Tokens of one clip, by the name that Whisper gives them and vLLM asks for."""
+        rows, columns = self.grid
+        return rows * columns
+
 
 def count_audio_tokens(audio_config: PreTrainedConfig) -> int:
     """

@@ -29,7 +29,7 @@ def workplace(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "runs/demo/model")
     processor.save_pretrained(tmp_path / "runs/demo/model")
     tiny_llava().save_pretrained(tmp_path / "llava")
-    soundfile.write(tmp_path / "sound.wav", np.random.default_rng(0).standard_normal(8_000) * 0.1, 16_000)
+    soundfile.write(tmp_path / "sound.wav", np.random.default_rng(0).standard_normal(22_050) * 0.1, 44_100)
     Image.new("RGB", (30, 20), "green").save(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
