@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import align_module_device
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
@@ -26,6 +25,7 @@ from .ear_dali import EarMixin, fill_placeholders, misfit
 from .modeling_dali_utils import (
     DaliMixin,
     FiniteLogits,
+    at_hand,
     ear_fields,
     find_captioner,
     find_ear,
@@ -112,6 +112,9 @@ class DaliForImageTextToText(DaliMixin, GenerationMixin):
         super().__init__(config)
         if captioner is None:
             captioner = AutoModelForImageTextToText.from_config(config.captioner_config)
+        else:
+            for module in captioner.modules():
+                module._is_hf_initialized = True  # `post_init` would draw anew what PEFT has put into it
         config.captioner_config = captioner.config
         self.captioner = captioner
         self.ear = DaliEar(config, captioner, audio_encoder)
@@ -247,6 +250,11 @@ class DaliForImageTextToText(DaliMixin, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """Resizes the captioner's."""
         return self.captioner.resize_token_embeddings(*args, **kwargs)
+
+    def tie_weights(self, *args, **kwargs):
+        """Ties the captioner's weights; those of one that PEFT has wrapped are tied, but under other names."""
+        if find_captioner(self) is self.captioner:
+            super().tie_weights(*args, **kwargs)
 
     # Forward and generation -----------------------------------------------------------------------------------------
 
@@ -401,7 +409,7 @@ def copy_projector(captioner: PreTrainedModel) -> nn.Module:
             captioner = AutoModelForImageTextToText.from_config(config)
         return captioner.base_model.get_submodule(path).to_empty(device="cpu")
     projector = captioner.base_model.get_submodule(path)
-    with align_module_device(projector):  # it may be offloaded
+    with at_hand(projector):
         return remove_hook_from_module(copy.deepcopy(projector), recurse=True).requires_grad_(True)
 
 

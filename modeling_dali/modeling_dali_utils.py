@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -217,13 +219,12 @@ class DaliMixin(PreTrainedModel):
     @torch.no_grad()
     def fingerprint(self) -> dict[str, list[float]]:
         """Some values of the captioner's word embedding and projector, by their names."""
-        embeddings, captioner = self.get_input_embeddings(), find_captioner(self).base_model
-        with align_module_device(embeddings):  # it may be offloaded
+        embeddings, modules = self.get_input_embeddings(), dict(find_captioner(self).base_model.named_modules())
+        with at_hand(embeddings):
             values = {"word embedding": spread(embeddings.weight[: self.config.audio_token_index])}
-        for path in PROJECTORS:
-            if path in (names := dict(captioner.named_modules())):
-                with align_module_device(names[path]):
-                    values |= {name: spread(p) for name, p in names[path].named_parameters(prefix=path) if p.ndim > 1}
+        for path in modules.keys() & set(PROJECTORS):
+            with at_hand(modules[path]):
+                values |= {name: spread(p) for name, p in modules[path].named_parameters(prefix=path) if p.ndim > 1}
         return values
 
     def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
@@ -364,6 +365,15 @@ def find_captioner(model: PreTrainedModel) -> PreTrainedModel:
     """The captioner of a model with an ear, without what PEFT has wrapped around it."""
     captioner = getattr(model, "captioner", model)
     return captioner.get_base_model() if hasattr(captioner, "get_base_model") else captioner
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """While it is entered, a module's weights are there, wherever accelerate keeps them otherwise."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield
 
 
 def find_ear(path: str | os.PathLike, **hub) -> Path:

@@ -263,6 +263,10 @@ def tiny_captioner(name: str) -> TinyCaptioner:
     config, block, pixels = family(name)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **config), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():  # projectors that start at zero would hide pictures
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.2)
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=3, max_new_tokens=6)
     model.generation_config.suppress_tokens = [IMAGE, AUDIO, PREFIX, VIDEO, START, END]
     return TinyCaptioner(model.eval(), block, pixels, family is qwen_like or name == "molmo2")

@@ -1,6 +1,8 @@
 """Captioners of every class hear: what they say of pictures and text stays theirs, and batches equal their rows."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +180,14 @@ def test_image_tokens_are_what_projector_or_language_model_reads(name):
                 captioner.model, audio_config=tiny_audio_config(), audio_token_index=AUDIO, prefix_token_index=PREFIX
             ).ear.audio_projector(tokens)
             torch.testing.assert_close(projected, torch.stack(list(read)))
+
+
+def test_the_table_in_the_documentation():
+    page = Path(__file__).resolve().parents[2] / "docs" / "captioners.md"
+    targets = {"before": "projector_input", "behind": "projector_output"}
+    told = {}
+    for line in page.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[1] in targets:
+            told |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), targets[cells[1]])
+    assert told == {name: with_ear(tiny_captioner(name).model).config.alignment_target for name in CLASSES}
