@@ -244,6 +244,15 @@ def sound_files(root: Path) -> Iterator[str]:
                 yield str((Path(folder) / name).relative_to(root))
 
 
+def _read_index(index: Path, embedder: Embedder, fingerprint: str) -> dict[str, tuple[dict, np.ndarray]]:
+    """Rows and embeddings of an index by path; of one that another model made, a LibraryError."""
+    if not (index / "index.json").exists():
+        return {}
+    library = SoundLibrary.load(index)
+    check_model(library, fingerprint, embedder.name, index)
+    return {row["path"]: (row, library.embeddings[i]) for i, row in enumerate(library.files.to_pylist())}
+
+
 def index_folder(
     root: Path,
     index: Path,
@@ -278,12 +287,7 @@ def index_folder(
     if not present:
         raise LibraryError(f"{root} holds no sounds (looked for {' '.join(sorted(SOUND_SUFFIXES))})")
     fingerprint = embedder.fingerprint()
-    old: dict[str, tuple[dict, np.ndarray]] = {}
-    if (index / "index.json").exists():
-        library = SoundLibrary.load(index)
-        check_model(library, fingerprint, embedder.name, index)
-        old = {row["path"]: (row, library.embeddings[i]) for i, row in enumerate(library.files.to_pylist())}
-
+    old = _read_index(index, embedder, fingerprint)
     kept = {
         path: entry
         for path, entry in old.items()
@@ -324,10 +328,8 @@ def index_folder(
             save()
         raise
     if not done:
-        raise LibraryError(
-            f"none of the {len(report.unreadable)} sound files in {root} can be read; the first: "
-            f"{report.unreadable[0][1]}"
-        )
+        count, reason = len(report.unreadable), report.unreadable[0][1]
+        raise LibraryError(f"none of the {count} sound files in {root} can be read; the first: {reason}")
     if report.added or report.changed or report.removed or not old:
         save()
     return report

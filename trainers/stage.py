@@ -115,6 +115,7 @@ class StageTrainer(Trainer):
         self.settings = json.loads(args.to_json_string())
         self.checkpoint_limit = args.save_total_limit
         args.save_total_limit = None  # old checkpoints go when the new one is known to be complete, not before
+        self.model_class: Any = type(model)
         self.skips = data_collator.skips
         self.batch_ids: list[str] = []
         super().__init__(
@@ -187,7 +188,7 @@ class StageTrainer(Trainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = self.forward_backward(model, inputs, num_items_in_batch)
         except ValueError as error:  # a loss that refuses its input knows the pair's place, not its name
             raise ValueError(f"{error} (step {self.state.global_step + 1}, {self.batch_name(inputs)})") from error
         if not loss.isfinite():
@@ -196,6 +197,10 @@ class StageTrainer(Trainer):
                 "the learning rate, or take a clip with damaged values out of the data."
             )
         return loss
+
+    def forward_backward(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Loss and gradients of a batch; by default `Trainer`'s."""
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def batch_name(self, inputs: dict[str, Any]) -> str:
         """The clips of this batch that have inputs which are not finite, or if there are none, all of them."""
@@ -272,14 +277,24 @@ class StageTrainer(Trainer):
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """
-        Writes what the stage is for.
+        Writes what the stage is for; by default the model and its processor.
 
         Args:
             folder (`Path`): An empty folder.
             state_dict (`dict[str, torch.Tensor]`, *optional*): The whole state of the model where its own parameters
-                are sharded.
+                are not that, or are sharded.
         """
-        raise NotImplementedError
+        model = self.accelerator.unwrap_model(self.model) if state_dict is None else self.plain_model()
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def plain_model(self) -> Any:
+        """An empty model to save a state by: FSDP and LoRA change classes, whose code would be saved."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with torch.device("meta"):
+            plain = self.model_class(model.config)
+        plain.generation_config = model.generation_config
+        return plain
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and values of what trains."""

@@ -25,8 +25,10 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from examples.sounding_world.demo import RECIPES, Demo, DemoConfig, Stage, claim
+from examples.sounding_world.demo import RECIPES, Demo, DemoConfig, claim_folder
+from examples.sounding_world.evaluation import most_frequent_caption, score_split
 from examples.sounding_world.report import COLUMNS
+from examples.sounding_world.runner import Stage
 from trainers.dali.alignment import LOSSES
 from trainers.dali.data_collator import Modality
 from trainers.recipes import run_recipe
@@ -68,15 +70,15 @@ def run_loss(demo: Demo, loss: str, seed: int) -> dict[str, dict]:
     demo.alignment(f"ablation/pretrained-{seed}", f"{base}/aligned", loss=loss, seed=seed)
     demo.pseudo_captions(f"{base}/aligned", f"{base}/captions", seed=seed)
     demo.distillation(f"{base}/aligned", f"{base}/captions", f"{base}/model", seed=seed)
-    scores = {
-        f"{when} distillation, {what}": demo.scores(
-            f"{base}/{folder}", modality, prefix=folder == "aligned" or modality == "audio_image"
+    found = {
+        f"{when} distillation, {what}": score_split(
+            demo, f"{base}/{folder}", modality, prefix=folder == "aligned" or modality == "audio_image"
         )
         for when, folder in (("before", "aligned"), ("after", "model"))
         for what, modality in MODALITIES.items()
     }
-    scores[f"{FINAL}, unseen combinations"] = demo.scores(f"{base}/model", variant="unseen_combinations")
-    return scores
+    found[f"{FINAL}, unseen combinations"] = score_split(demo, f"{base}/model", variant="unseen_combinations")
+    return found
 
 
 def run_start(demo: Demo, seed: int) -> dict[str, dict]:
@@ -85,8 +87,8 @@ def run_start(demo: Demo, seed: int) -> dict[str, dict]:
     demo.listener(seed, untrained)
     demo.audio_pretraining(untrained, pretrained, seed=seed)
     return {
-        "untrained ear": demo.scores(untrained, prefix=True),
-        "pretrained ear": demo.scores(pretrained, prefix=True),
+        "untrained ear": score_split(demo, untrained, prefix=True),
+        "pretrained ear": score_split(demo, pretrained, prefix=True),
     }
 
 
@@ -94,7 +96,7 @@ def run_bounds(demo: Demo, seed: int) -> dict[str, dict]:
     """Scores of the supervised twin and of the most frequent caption."""
     twin = f"ablation/supervised-{seed}"
     demo.supervised(f"ablation/{TWIN_STARTS_FROM}-{seed}/aligned", twin, seed=seed)
-    return {"supervised twin": demo.scores(twin), "most frequent caption": demo.most_frequent_caption()}
+    return {"supervised twin": score_split(demo, twin), "most frequent caption": most_frequent_caption(demo)}
 
 
 def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
@@ -109,7 +111,7 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
         What `results.json` holds.
     """
     demo = Demo(demo_config or DemoConfig(config.demo, config.recipes))
-    claim(demo.output, demo.config)
+    claim_folder(demo.config)
     shared = [stage for stage in demo.stages() if stage.name in ("world", "captioner", "prefix tuning")]
     demo.run_stages(shared, demo.output / "done")
 

@@ -1,6 +1,6 @@
 """VIP-ANT in miniature: sound is named and found by text, though no sound ever met a text.
 
-    python -m examples.sounding_world.demo_vipant [--output runs/demo-vipant]
+    python -m examples.sounding_world.demo_vipant [--output runs/demo-vipant] [--setting value ...]
 
 On the sounding world (`datasets_scripts.sounding_world`), from nothing, on two CPU cores:
 
@@ -10,80 +10,49 @@ On the sounding world (`datasets_scripts.sounding_world`), from nothing, on two 
 4. the upper bound: the same model fine-tuned on sounds with captions (AT fine-tuning).
 
 Writes `clip`, `va` and `at` (the last two are models for `vipant --model`), `results.json` and `report.md`. A second
-run takes up the models that are there. (The tokenizer's training breaks ties by chance, so that runs differ a little.)
+run takes up what is there: stages that are done, and the last checkpoint of the one that was cut off. (The tokenizer's
+training breaks ties by chance, so that runs differ a little.)
 """
 
-import argparse
 import json
 import string
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
 import torch
-from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.hf_argparser import HfArg
 
+from datasets_scripts.files import claim
 from datasets_scripts.sounding_world import SOUNDING, sounding_world
+from examples.sounding_world.runner import Runner, Stage
 from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
-from trainers.rows import read_audio, read_image
+from trainers.recipes import run_recipe
 from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer
-from trainers.vipant.dataset import pick, spec_augment, stack
 from trainers.vipant.evaluate import evaluate_classification, evaluate_retrieval
 
 IMAGE_SIZE, PATCH, NUM_FRAMES = 64, 16, 256
-SIZES = {"captions": 8000, "video": 3000, "supervised": 3000, "test": 300}
-STEPS = {"clip": 700, "va": 500, "at": 200}
+MASKS = {"frequency_mask": 16, "time_mask": 48}
 PROMPTS = ("the sound of {}", "the sound of a {}", "one can hear a {}", "a {} can be heard")
 
 
-class InMemory(torch.utils.data.Dataset):
-    """A split whose sounds and pictures are turned into tensors once; frames, captions and masks are drawn anew.
+@dataclass
+class VipAntDemoConfig:
+    """Settings of the demonstration."""
 
-    Args:
-        rows: The split.
-        processor: The model's processor.
-        masks: Widest frequency mask (bins) and time mask (frames); None outside training.
-    """
-
-    def __init__(self, rows: datasets.Dataset, processor: VipAntProcessor, masks: tuple[int, int] | None):
-        self.masks, self.processor = masks, processor
-        self.examples = []
-        captions = "captions" in rows.column_names
-        for row in tqdm(rows, desc="reading", leave=False):
-            example = {}
-            if "audio" in row:
-                rate = processor.feature_extractor.sampling_rate
-                samples = read_audio(row["audio"], rate)
-                features = processor.feature_extractor([samples], sampling_rate=rate, return_tensors="pt")
-                example["input_features"] = features["input_features"][0].half()
-            if "frames" in row or "image" in row:
-                images = [read_image(image) for image in row.get("frames") or [row["image"]]]
-                pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-                example["pixel_values"] = pixels.half()
-            if captions:
-                example["input_ids"] = processor.tokenizer(row["captions"])["input_ids"]
-            self.examples.append(example)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example, training = dict(self.examples[index]), self.masks is not None
-        if "input_features" in example:
-            features = example["input_features"].float()
-            example["input_features"] = features if self.masks is None else spec_augment(features, *self.masks)
-        if "pixel_values" in example:
-            example["pixel_values"] = pick(example["pixel_values"], training).float()
-        if "input_ids" in example:
-            example["input_ids"] = torch.tensor(pick(example["input_ids"], training))
-        return example
-
-    def collate(self, examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """A batch as the model takes it."""
-        return stack(examples, self.processor.tokenizer)
+    output: str = HfArg(default="runs/demo-vipant", help="Folder of everything it makes.")
+    seed: int = HfArg(default=0, help="Of the world, the weights and the order of the data.")
+    captions: int = HfArg(default=8000, help="Pictures with captions, for the CLIP.")
+    video: int = HfArg(default=3000, help="Videos for VA pre-training.")
+    supervised: int = HfArg(default=3000, help="Sounds with captions, for AT fine-tuning.")
+    test: int = HfArg(default=300, help="Rows of the test split.")
+    clip_steps: int = HfArg(default=700, help="Training steps of the CLIP.")
+    va_steps: int = HfArg(default=500, help="Steps of VA pre-training.")
+    at_steps: int = HfArg(default=200, help="Steps of AT fine-tuning.")
 
 
 def new_processor(captions: list[str]) -> VipAntProcessor:
@@ -134,23 +103,105 @@ def audio_model(clip: CLIPModel) -> VipAntModel:
     return VipAntModel.from_clip(clip, num_frames=NUM_FRAMES, patch_stride=(PATCH, PATCH))
 
 
-def train(model: VipAntModel, rows: InMemory, output: Path, steps: int, seed: int, **settings) -> None:
-    """Trains for a number of steps; the objective is `ContrastiveTrainer`'s."""
-    config = ContrastiveConfig(
-        output_dir=str(output / "logs"),
-        max_steps=steps,
-        warmup_steps=0.1,
-        lr_scheduler_type="cosine",
-        logging_steps=50,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        weight_decay=0.01,
-        **settings,
-    )
-    ContrastiveTrainer(model, config, train_dataset=rows, data_collator=rows.collate).train()
+class VipAntDemo(Runner):
+    """
+    The stages, each from folder to folder.
+
+    Args:
+        config (`VipAntDemoConfig`): Settings.
+    """
+
+    def __init__(self, config: VipAntDemoConfig):
+        super().__init__(
+            f"python -m examples.sounding_world.demo_vipant --output {config.output} --seed {config.seed}"
+        )
+        self.config, self.output = config, Path(config.output)
+
+    def rows(self, split: str) -> datasets.Dataset:
+        """A split of this run's world."""
+        size, seed = getattr(self.config, split), self.config.seed
+        return sounding_world(split, size, seed, image_size=IMAGE_SIZE, cache_dir=self.output / "data")
+
+    def processor(self) -> VipAntProcessor:
+        """The processor of all models."""
+        return VipAntProcessor.from_pretrained(self.output / "processor")
+
+    def clip(self) -> CLIPModel:
+        """The trained CLIP."""
+        clip = new_clip(self.processor().tokenizer)
+        state = VipAntModel.from_pretrained(self.output / "clip").state_dict()
+        clip.load_state_dict({name: state[name] for name in clip.state_dict()})
+        return clip
+
+    def contrast(self, model: VipAntModel, split: str, folder: str, steps: int, **settings) -> None:
+        """Trains a model by contrast on a split."""
+        config = ContrastiveConfig(
+            output_dir=str(self.output / folder),
+            max_steps=steps,
+            warmup_steps=0.1,
+            lr_scheduler_type="cosine",
+            logging_steps=50,
+            save_steps=250,
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+            seed=self.config.seed,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            weight_decay=0.01,
+            cache_features=True,
+            **settings,
+        )
+        self.train(ContrastiveTrainer(model, config, self.processor(), self.rows(split)))
+
+    def world(self) -> None:
+        """Makes all splits, and a tokenizer of their words; trained again, it might have other merges."""
+        for split in ("captions", "video", "supervised", "test"):
+            self.rows(split)
+        new_processor([caption for row in self.rows("captions")["captions"] for caption in row]).save_pretrained(
+            self.output / "processor"
+        )
+
+    def train_clip(self) -> None:
+        """A small CLIP learns from pictures with captions; its audio tower stays untrained."""
+        torch.manual_seed(self.config.seed)
+        model = audio_model(new_clip(self.processor().tokenizer))
+        batch = {"per_device_train_batch_size": 128, "learning_rate": 1e-3, "frequency_mask": 0, "time_mask": 0}
+        towers = {"pairs": ["image-text"], "train_towers": ["image", "text"]}
+        self.contrast(model, "captions", "clip", self.config.clip_steps, **batch, **towers)
+
+    def pretrain(self) -> None:
+        """VA pre-training: an audio tower that starts from the image tower."""
+        settings = MASKS | {"per_device_train_batch_size": 64, "learning_rate": 1e-3}
+        self.contrast(audio_model(self.clip()), "video", "va", self.config.va_steps, **settings)
+
+    def fine_tune(self) -> None:
+        """AT fine-tuning, the upper bound."""
+        settings = MASKS | {"per_device_train_batch_size": 64, "learning_rate": 5e-4, "pairs": ["audio-text"]}
+        model = VipAntModel.from_pretrained(self.output / "va")
+        self.contrast(model, "supervised", "at", self.config.at_steps, **settings)
+
+    def evaluation(self) -> None:
+        """Scores of all stages."""
+        torch.manual_seed(self.config.seed)
+        models = {
+            "untrained audio tower": audio_model(self.clip()),
+            "VA pre-training (no audio-text pair)": VipAntModel.from_pretrained(self.output / "va"),
+            "AT fine-tuning (upper bound)": VipAntModel.from_pretrained(self.output / "at"),
+        }
+        test = self.rows("test")
+        scores = {name: evaluate(model, self.processor(), test) for name, model in models.items()}
+        (self.output / "scores.json").write_text(json.dumps(scores, indent=1))
+
+    def stages(self) -> list[Stage]:
+        """All stages, with about the seconds that they take on two cores."""
+        return [
+            Stage("world", 30, self.world),
+            Stage("clip", 130, self.train_clip),
+            Stage("va", 160, self.pretrain),
+            Stage("at", 60, self.fine_tune),
+            Stage("evaluation", 15, self.evaluation),
+        ]
 
 
 def evaluate(model: VipAntModel, processor: VipAntProcessor, test: datasets.Dataset) -> dict[str, float]:
@@ -177,103 +228,25 @@ def evaluate(model: VipAntModel, processor: VipAntProcessor, test: datasets.Data
     }
 
 
-def stage(folder: Path, load: Callable[[], PreTrainedModel], make: Callable[[], PreTrainedModel]) -> tuple:
-    """The model of a stage, from disk if it is there; with the seconds of wall clock and of CPU it took to make."""
-    record = folder / "seconds.json"
-    if record.exists():
-        print(f"{folder.name}: taken from {folder}")
-        return load(), json.loads(record.read_text())
-    wall, cpu = time.perf_counter(), time.process_time()
-    print(f"{folder.name}: training")
-    model = make()
-    model.save_pretrained(folder)
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    record.write_text(json.dumps(seconds))
-    return model, seconds
-
-
-def run(output: Path, sizes: dict[str, int] = SIZES, steps: dict[str, int] = STEPS, seed: int = 0) -> dict:
-    """The whole demonstration.
+def run(config: VipAntDemoConfig) -> dict:
+    """
+    The whole demonstration.
 
     Args:
-        output: Folder of models and results.
-        sizes: Rows of each split.
-        steps: Training steps of each stage.
-        seed: Of the world, the weights and the order.
+        config (`VipAntDemoConfig`): Settings.
 
     Returns:
-        What `results.json` holds.
+        `dict`: what `results.json` holds.
+
+    Raises:
+        ValueError: if the output folder holds a run with other settings.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"sizes": sizes, "steps": steps, "seed": seed}, sort_keys=True)
-    note = output / "settings.json"
-    if note.exists() and note.read_text() != settings:
-        raise ValueError(f"{output} holds a run with other settings: choose another --output, or delete it")
-    note.write_text(settings)
-    torch.manual_seed(seed)
-    world = {
-        split: sounding_world(split, size, seed, image_size=IMAGE_SIZE, cache_dir=output / "data")
-        for split, size in sizes.items()
-    }
-    if (output / "processor").exists():  # a tokenizer trained again may have other merges
-        processor = VipAntProcessor.from_pretrained(output / "processor")
-    else:
-        processor = new_processor([caption for row in world["captions"]["captions"] for caption in row])
-        processor.save_pretrained(output / "processor")
-    clip = new_clip(processor.tokenizer)
-
-    def train_clip() -> CLIPModel:
-        rows = InMemory(world["captions"].select_columns(["image", "captions"]), processor, masks=(0, 0))
-        model = audio_model(clip)
-        train(
-            model,
-            rows,
-            output / "clip",
-            steps["clip"],
-            seed,
-            pairs=["image-text"],
-            train_towers=["image", "text"],
-            per_device_train_batch_size=128,
-            learning_rate=1e-3,
-        )
-        clip.load_state_dict({name: model.state_dict()[name] for name in clip.state_dict()})
-        return clip
-
-    def train_va() -> VipAntModel:
-        rows = InMemory(world["video"], processor, masks=(16, 48))
-        model = audio_model(clip)
-        train(model, rows, output / "va", steps["va"], seed, per_device_train_batch_size=64, learning_rate=1e-3)
-        return model
-
-    def train_at() -> VipAntModel:
-        rows = InMemory(world["supervised"], processor, masks=(16, 48))
-        model = VipAntModel.from_pretrained(output / "va")
-        train(
-            model,
-            rows,
-            output / "at",
-            steps["at"],
-            seed,
-            pairs=["audio-text"],
-            per_device_train_batch_size=64,
-            learning_rate=5e-4,
-        )
-        return model
-
-    clip, clip_seconds = stage(output / "clip", lambda: CLIPModel.from_pretrained(output / "clip"), train_clip)
-    untrained = evaluate(audio_model(clip), processor, world["test"])
-    va, va_seconds = stage(output / "va", lambda: VipAntModel.from_pretrained(output / "va"), train_va)
-    at, at_seconds = stage(output / "at", lambda: VipAntModel.from_pretrained(output / "at"), train_at)
-    for folder in ("va", "at"):
-        processor.save_pretrained(output / folder)
-    results = {
-        "untrained audio tower": untrained,
-        "VA pre-training (no audio-text pair)": evaluate(va, processor, world["test"]),
-        "AT fine-tuning (upper bound)": evaluate(at, processor, world["test"]),
-        "seconds": {"clip": clip_seconds, "va": va_seconds, "at": at_seconds},
-    }
-    (output / "results.json").write_text(json.dumps(results, indent=2))
-    (output / "report.md").write_text(report(results))
+    demo = VipAntDemo(config)
+    claim(config.output, {name: value for name, value in asdict(config).items() if name != "output"})
+    seconds = demo.run_stages(demo.stages(), demo.output / "done")
+    results = json.loads((demo.output / "scores.json").read_text()) | {"seconds": seconds}
+    (demo.output / "results.json").write_text(json.dumps(results, indent=2))
+    (demo.output / "report.md").write_text(report(results))
     return results
 
 
@@ -300,15 +273,17 @@ def report(results: dict) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo-vipant"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    print(report(run(args.output, seed=args.seed)))
-    print(f"Try: vipant classify SOUND.wav --labels bell,dog,rain --model {args.output / 'va'}")
+def show_report(config: VipAntDemoConfig) -> int:
+    """Runs the demonstration and prints its report."""
+    print(report(run(config)))
+    print(f"Try: vipant classify SOUND.wav --labels bell,dog,rain --model {config.output}/va")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs as the command line says."""
+    return run_recipe(VipAntDemoConfig, show_report, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from datasets_scripts.sounding_world import sounding_world
-from examples.sounding_world.demo_vipant import evaluate, main, new_processor, run
+from examples.sounding_world.demo_vipant import VipAntDemoConfig, evaluate, main, new_processor, run
 from modeling_vipant import VipAntModel, VipAntProcessor
 from modeling_vipant.library import Embedder, classify
 
-SIZES = {"captions": 24, "video": 16, "supervised": 16, "test": 12}
-STEPS = {"clip": 2, "va": 1, "at": 1}
+SIZES = {"captions": 128, "video": 64, "supervised": 64, "test": 12}  # a batch of each
+STEPS = {"clip_steps": 2, "va_steps": 1, "at_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    return output, run(output, SIZES, STEPS)
+    return output, run(VipAntDemoConfig(str(output), **SIZES, **STEPS))
 
 
 def test_every_stage_is_written_and_scored(demo):
@@ -35,11 +35,10 @@ def test_its_models_serve_the_command_line(demo, tmp_path):
 
 def test_a_second_run_takes_up_what_is_there(demo, capsys):
     output, results = demo
-    again = run(output, SIZES, STEPS)
-    assert capsys.readouterr().out.count("taken from") == 3
-    assert again["VA pre-training (no audio-text pair)"] == results["VA pre-training (no audio-text pair)"]
-    with pytest.raises(ValueError, match="another --output"):
-        run(output, SIZES, STEPS | {"va": 2})
+    assert run(VipAntDemoConfig(str(output), **SIZES, **STEPS)) == results
+    assert capsys.readouterr().out.count("taken from") == 5
+    with pytest.raises(ValueError, match="va_steps was 1, is 2"):
+        run(VipAntDemoConfig(str(output), **SIZES, **STEPS | {"va_steps": 2}))
 
 
 def test_evaluation_sees_no_training(demo):

@@ -8,7 +8,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from examples.sounding_world.demo import write_video
+from examples.sounding_world.samples import write_video
 from modeling_dali.explain import (
     Scorers,
     explain,

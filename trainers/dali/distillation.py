@@ -88,7 +88,6 @@ class DistillationTrainer(StageTrainer):
         torch.manual_seed(args.seed)
         model.remove_prefix()
         processor.follow(model.config)
-        self.model_class = type(model)
         parts = ["audio_projector", *(["audio_tower", "audio_projection"] if args.train_audio_encoder else [])]
         trained = [f"{model.ear_key}{part}" for part in parts]
         if args.lora_rank:
@@ -103,11 +102,10 @@ class DistillationTrainer(StageTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.lora_rank:
             state_dict = merged_state(model, state_dict)
-        if state_dict is not None:  # FSDP and LoRA have changed the model's classes: a plain one knows how to be saved
-            generation_config, is_stock = model.generation_config, model.captioner_is_stock
-            with torch.device("meta"):
-                model = self.model_class(model.config)
-            model.generation_config, model.captioner_is_stock = generation_config, is_stock
+        if state_dict is not None:
+            is_stock = model.captioner_is_stock
+            model = self.plain_model()
+            model.captioner_is_stock = is_stock
         save_model(model, folder, state_dict, captioner_trained=bool(self.args.lora_rank))
         self.processing_class.save_pretrained(folder)
 

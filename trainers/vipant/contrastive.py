@@ -1,8 +1,7 @@
 """Contrastive training of VIP-ANT: sound, pictures and captions pulled together in CLIP's space.
 
-    python -m trainers.vipant.contrastive recipes/vipant/va_pretraining.yaml --output_dir runs/va
-    accelerate launch -m trainers.vipant.contrastive recipes/vipant/at_gold_captions.yaml --model runs/va \\
-        --output_dir runs/at
+    python -m trainers.vipant.contrastive vipant/va_pretraining --dataset DATA --output_dir runs/va
+    accelerate launch -m trainers.vipant.contrastive vipant/at_gold_captions --model runs/va --output_dir runs/at
 
 VA pre-training trains the audio tower against the frozen image tower, AT fine-tuning against the frozen text tower.
 The loss spans the global batch: embeddings are gathered over processes, gradients are exact. With `micro_batch_size`
@@ -23,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPImageProcessorPil,
-    Trainer,
     TrainerCallback,
     TrainerControl,
 )
@@ -33,10 +31,10 @@ from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extract
 from trainers.losses.barlow_twins import BarlowTwins
 from trainers.losses.contrastive import contrastive
 from trainers.metrics.retrieval import retrieval_metrics
-from trainers.processes import leave_group
-from trainers.recipes import load_rows, parse_recipe
-from trainers.stage import StageArguments
-from trainers.vipant.dataset import ClipDataset
+from trainers.recipes import load_splits
+from trainers.rows import Rows
+from trainers.stage import StageArguments, StageTrainer, run_stage
+from trainers.vipant.data_collator import ClipCollator
 from trainers.vipant.lars import lars_optimizer
 
 INPUTS = {"audio": ("input_features",), "image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
@@ -65,6 +63,9 @@ class ContrastiveConfig(StageArguments):
     num_frames: int = HfArg(default=1000, help="Spectrogram frames of a new audio tower; 1000 is 10 s.")
     frequency_mask: int = HfArg(default=32, help="Widest masked band in mel bins (SpecAugment); 0 for none.")
     time_mask: int = HfArg(default=200, help="Longest masked stretch in frames (SpecAugment); 0 for none.")
+    cache_features: bool = HfArg(
+        default=False, help="Keep spectrograms and pictures in memory; for small data sets of short clips."
+    )
 
     # Objective
     pairs: list[str] = HfArg(
@@ -100,11 +101,7 @@ class ContrastiveConfig(StageArguments):
         default=0.0048, help="LARS' rate of biases, norms and scales per 256 clips of the global batch."
     )
 
-    # The batch is the objective's own: no partial batches, no columns dropped.
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool = False
-    # Logit scales get their gradient outside `forward`, which DDP would take for "unused".
-    ddp_find_unused_parameters: bool | None = False
+    dataloader_drop_last: bool = True  # the batch is the objective's own: no partial ones
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,50 +122,69 @@ class ContrastiveConfig(StageArguments):
         return [kind for kind in INPUTS if any(kind in pair.split("-") for pair in self.pairs)]
 
 
-class ContrastiveTrainer(Trainer):
-    """Trains a `VipAntModel` with a loss over the global batch.
+class ContrastiveTrainer(StageTrainer):
+    """
+    Trains a `VipAntModel` with a loss over the global batch.
 
     Args:
-        model: The model; towers outside `args.train_towers` are frozen.
-        args: A `ContrastiveConfig`.
-        **kwargs: As of `transformers.Trainer`.
+        model (`VipAntModel`): The model; towers outside `args.train_towers` are frozen.
+        args (`ContrastiveConfig`): Settings.
+        processor (`VipAntProcessor`): The model's.
+        train_dataset, eval_dataset: Rows with what `args.pairs` name.
+        kwargs: Further arguments of `Trainer`.
     """
 
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
 
-    def __init__(self, model: VipAntModel, args: ContrastiveConfig, **kwargs):
-        trained = {name for kind in args.train_towers for name in TOWERS[kind]}
+    def __init__(
+        self,
+        model: VipAntModel,
+        args: ContrastiveConfig,
+        processor: VipAntProcessor,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        trained = [name for kind in args.train_towers for name in TOWERS[kind]]
         if args.loss == "barlow_twins":
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(args.seed)
                 width, sizes = model.config.projection_dim, args.barlow_projector
                 loss = BarlowTwins(width, sizes, args.barlow_redundancy_weight)
             model.barlow_twins = loss.to(at_least_float32(model.dtype))
-            trained.add("barlow_twins")
+            trained.append("barlow_twins")
         else:
-            scales = {SCALES[pair] for pair in args.pairs}
-            trained |= scales
+            scales = sorted({SCALES[pair] for pair in args.pairs})
+            trained += scales
             if args.fresh_logit_scales:
                 for name in scales:
                     torch.nn.init.constant_(model.get_parameter(name), model.config.logit_scale_init_value)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in trained)
-        super().__init__(model, args, **kwargs)
+        collator = ClipCollator(
+            processor,
+            args.modalities,
+            args.frequency_mask,
+            args.time_mask,
+            args.cache_features,
+            args.max_skipped,
+            args.seed,
+        )
+        super().__init__(model, args, trained, processor, train_dataset, eval_dataset, collator, **kwargs)
         if args.max_logit_scale is not None:
             self.add_callback(_BoundLogitScale(args.max_logit_scale))
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None
-    ) -> torch.Tensor:
-        """Gradients of the loss over the global batch.
+    def forward_backward(self, model, inputs: dict[str, torch.Tensor], num_items_in_batch=None) -> torch.Tensor:
+        """
+        Gradients of the loss over the global batch.
 
-        1. embed the micro batches; 2. gradient of the loss with respect to all embeddings; 3. back through the towers,
-        one micro batch after another. A single micro batch keeps its graph from 1, several are embedded again in 3.
+        1. Embed the micro batches. 2. Take the gradient of the loss with respect to all embeddings. 3. Go back through
+        the towers, one micro batch after another. A single micro batch keeps its graph from 1, several are embedded
+        again in 3.
         """
         model.train()
-        self._set_frozen_eval()
-        micro_batches = list(self._micro_batches(self._prepare_inputs(inputs)))
+        self.freeze()
+        inputs = self._prepare_inputs(inputs)
+        micro_batches = list(self._micro_batches(inputs))
         single = len(micro_batches) == 1
 
         outputs, states = [], []
@@ -178,7 +194,7 @@ class ContrastiveTrainer(Trainer):
                 outputs.append(self._embed(model, micro_batch, self.args.modalities))
         whole = {kind: torch.cat([o[kind].detach() for o in outputs]) for kind in self.args.modalities}
         embeds = {kind: part.to(at_least_float32(part.dtype)) for kind, part in whole.items()}
-        loss, embed_grads, loss_grads = self._loss_and_gradients(embeds)
+        loss, embed_grads, loss_grads = self._loss_and_gradients(embeds, inputs.get("pair_weight"))
 
         start = 0
         for i, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
@@ -198,28 +214,38 @@ class ContrastiveTrainer(Trainer):
                 start = stop
         return loss / self.current_gradient_accumulation_steps
 
-    def _loss_and_gradients(self, embeds: dict[str, torch.Tensor]):
+    def _loss_and_gradients(self, embeds: dict[str, torch.Tensor], pair_weight: torch.Tensor | None):
         """The loss, and its gradients for this process's embeddings and for the loss's own parameters.
 
         The losses gather over processes themselves and give gradients that DDP's mean makes those of the global batch.
         """
         leaves = {kind: tensor.requires_grad_(kind in self.args.train_towers) for kind, tensor in embeds.items()}
-        loss, own = self._loss(leaves), self._loss_parameters()
+        loss, own = self._loss(leaves, pair_weight), self._loss_parameters()
         grads = torch.autograd.grad(loss, [*(leaves[kind] for kind in self.args.train_towers), *own])
         embed_grads = dict(zip(self.args.train_towers, grads, strict=False))
         return loss.detach(), embed_grads, list(zip(own, grads[len(embed_grads) :], strict=True))
 
-    def _loss(self, embeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum over pairs of this process's mean loss against the global batch; `embeds` `[batch, dim]` by kind."""
+    def _loss(self, embeds: Mapping[str, torch.Tensor], pair_weight: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Sum over the kinds of pairs of this process's mean loss against the global batch.
+
+        Args:
+            embeds (`Mapping[str, torch.Tensor]`): `[batch, dim]` by kind of input.
+            pair_weight (`torch.Tensor`, *optional*): `[batch]`, 0 for pairs that do not count, else 1. Such a pair
+                stays a negative for the others.
+        """
         model = self.accelerator.unwrap_model(self.model)
+        some = next(iter(embeds.values()))
+        weight = some.new_ones(len(some)) if pair_weight is None else pair_weight.to(some.dtype)
+        pairs = self.accelerator.reduce(weight.sum(), reduction="mean").clamp(min=1)  # that count, of all processes
         losses = []
         for pair in self.args.pairs:
             one, other = (embeds[kind] for kind in pair.split("-"))
             if self.args.loss == "barlow_twins":
-                losses.append(model.barlow_twins(one, other))
+                losses.append(model.barlow_twins(_without(one, weight), _without(other, weight)))
             else:
                 scale = model.get_parameter(SCALES[pair]).exp()
-                losses.append(contrastive(one, other, scale, reduction="sum").mean())
+                losses.append(contrastive(one, other, scale, "sum", pair_confidence=weight).sum() / pairs)
         return torch.stack(losses).sum()
 
     def _loss_parameters(self) -> list[torch.nn.Parameter]:
@@ -254,13 +280,6 @@ class ContrastiveTrainer(Trainer):
             return {kind: output[OUTPUTS[kind]].pooler_output for kind in kinds}
         return {kind: output[f"{kind}_embeds"] for kind in kinds}
 
-    def _set_frozen_eval(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        for kind, names in TOWERS.items():
-            if kind not in self.args.train_towers:
-                for name in names:
-                    getattr(model, name).eval()
-
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """LARS with rates scaled to the global batch, or what `optim` says."""
         if self.optimizer is None and self.args.lars:
@@ -293,12 +312,14 @@ class ContrastiveTrainer(Trainer):
         self.model.eval()
         losses = []
         collected: dict[str, list[torch.Tensor]] = {kind: [] for kind in self.args.modalities}
-        for batch in self._whole_set(self.eval_dataset if eval_dataset is None else eval_dataset):
-            output = self._embed(self.model, self._prepare_inputs(batch), self.args.modalities)
+        for batch in self._whole_set(self.eval_dataset if eval_dataset is None else Rows(eval_dataset)):
+            inputs = self._prepare_inputs(batch)
+            output = self._embed(self.model, inputs, self.args.modalities)
             output = {kind: embeds.float() for kind, embeds in output.items()}
-            losses.append(self._loss(output))
-            for kind, embeds in self.accelerator.gather_for_metrics(output).items():
-                collected[kind].append(embeds)
+            losses.append(self._loss(output, inputs["pair_weight"]))
+            output, counts = self.accelerator.gather_for_metrics((output, inputs["pair_weight"] > 0))
+            for kind, embeds in output.items():
+                collected[kind].append(embeds[counts])
         embeds = {kind: F.normalize(torch.cat(parts), dim=-1) for kind, parts in collected.items()}
         metrics = {"loss": self.accelerator.gather(torch.stack(losses)).mean().item()}
         own = torch.eye(len(next(iter(embeds.values()))), dtype=torch.bool)
@@ -316,6 +337,14 @@ class ContrastiveTrainer(Trainer):
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """In which losses are computed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _without(embeds: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Embeddings `[batch, dim]` where those of weight 0 are the mean of the others: no correlation feels them."""
+    if weight.all():
+        return embeds
+    mean = (embeds * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
+    return torch.where(weight[:, None] > 0, embeds, mean)
 
 
 class RandomState:
@@ -366,38 +395,17 @@ def load_model_and_processor(name: str, num_frames: int = 1000) -> tuple[VipAntM
     return VipAntModel.from_clip(name, num_frames=num_frames), processor
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says, evaluates, and saves model and processor to `output_dir`."""
-    config = parse_recipe(ContrastiveConfig, sys.argv[1:] if arguments is None else arguments)
+def new_trainer(config: ContrastiveConfig) -> ContrastiveTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    train_rows, eval_rows = load_splits(config)
     model, processor = load_model_and_processor(config.model, config.num_frames)
-    data = {"processor": processor, "modalities": config.modalities, "max_skipped": config.max_skipped}
-    train = ClipDataset(
-        load_rows(config.dataset, config.train_split),
-        training=True,
-        frequency_mask=config.frequency_mask,
-        time_mask=config.time_mask,
-        **data,
-    )
-    evaluation = (
-        ClipDataset(load_rows(config.dataset, config.eval_split), training=False, **data)
-        if config.eval_split
-        else None
-    )
-    trainer = ContrastiveTrainer(
-        model,
-        config,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=train.collate,
-        processing_class=processor,
-    )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if evaluation is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+    return ContrastiveTrainer(model, config, processor, train_rows, eval_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(ContrastiveConfig, new_trainer, arguments)
 
 
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

@@ -12,10 +12,10 @@ are kept in `OUTPUT/blocks`, so that an interrupted run goes on where it stopped
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,15 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 import modeling_vipant  # noqa: F401 (makes AutoModel know VIP-ANT)
+from datasets_scripts.commands import run_command
+from datasets_scripts.files import claim, locked, sweep, write_whole
+from trainers.fingerprints import rows_hash, weights_hash
 from trainers.recipes import load_rows
 from trainers.rows import read_image, without_decoding
 
 
-def read_captions(path: str | Path) -> list[tuple[int, str]]:
-    """Reads a caption pool.
+def read_caption_pool(path: str | Path) -> list[tuple[int, str]]:
+    """Reads a pool of captions.
 
     Args:
         path: A text file of one caption a line, or JSON lines of `[id, "caption"]`.
@@ -47,8 +50,10 @@ def read_captions(path: str | Path) -> list[tuple[int, str]]:
     """
     captions: list[tuple[int, str]] = []
     seen = set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        identifier, caption = number - 1, line.strip()
+    with Path(path).open(encoding="utf-8") as file:
+        lines = [line.strip() for line in file]
+    for number, line in enumerate(lines, start=1):
+        identifier, caption = number - 1, line
         if str(path).endswith((".jsonl", ".json")):
             try:
                 identifier, caption = json.loads(line)
@@ -130,13 +135,6 @@ class Encoder:
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there either whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def curate(
     encoder: Encoder,
     rows: datasets.Dataset,
@@ -148,21 +146,19 @@ def curate(
     clips_per_block: int = 256,
     captions_per_block: int = 65_536,
     random_control: bool = False,
-    identity: str = "",
 ) -> Path:
     """Finds the captions of all frames and writes the released format (see the module's docstring).
 
     Args:
         encoder: Of images and texts.
         rows: With `id`, and `frames` or `image`.
-        captions: From `read_captions`.
+        captions: From `read_caption_pool`.
         output: Folder to write to.
         top_k: Captions a frame.
         batch_size: Images or texts that are encoded at once.
         clips_per_block: Clips whose frames are searched and written at once.
         captions_per_block: Captions that are encoded and written at once.
         random_control: Whether to draw captions at random instead, the paper's control.
-        identity: Names model and data; a run resumes only blocks of the same identity and settings.
 
     Returns:
         The path of `index.jsonl`.
@@ -176,75 +172,78 @@ def curate(
     if not 1 <= top_k <= len(captions):
         raise ValueError(f"top_k={top_k} must be between 1 and the number of captions, {len(captions)}")
     state, blocks = PartialState(), output / "blocks"
-    if state.is_main_process:
-        blocks.mkdir(parents=True, exist_ok=True)
-        pool = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
-        settings = [identity, len(rows), pool, top_k, clips_per_block, captions_per_block, random_control]
-        _claim(blocks / "settings.json", settings)
-    state.wait_for_everyone()
-
-    starts = range(0, len(captions), captions_per_block)
-    caption_files = [blocks / f"captions-{i:06d}.npy" for i in range(len(starts))]
-    for i, path in _unfinished(caption_files, state, "captions"):
-        texts = [caption for _, caption in captions[starts[i] : starts[i] + captions_per_block]]
-        embeds = encoder.texts(texts, batch_size).cpu().numpy()
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
-        np.save(temporary, embeds)
-        temporary.replace(path)
-    state.wait_for_everyone()
-
-    caption_blocks = [np.load(path, mmap_mode="r") for path in caption_files]
-    rows = without_decoding(rows)
-    starts = range(0, len(rows), clips_per_block)
-    index_files = [blocks / f"index-{i:06d}.jsonl" for i in range(len(starts))]
-    for i, path in _unfinished(index_files, state, "frames"):
-        names, images, failures = [], [], []
-        for row in rows.select(range(starts[i], min(starts[i] + clips_per_block, len(rows)))):
-            frames = row["frames"] if column == "frames" else [row["image"]]
-            for number, frame in enumerate(frames):
-                try:
-                    images.append(read_image(frame))
-                    names.append(f"{row['id']}.p0.{len(frames)}_{number}")
-                except (OSError, ValueError) as error:
-                    failures.append({"id": row["id"], "frame": number, "reason": str(error)})
-        lines = []
-        if images:
-            if random_control:
+    with locked(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            pool = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+            settings: dict[str, Any] = {
+                "weights": weights_hash(encoder.model),
+                "rows": rows_hash(rows),
+                "captions": pool,
+            }
+            settings |= {"clips_per_block": clips_per_block, "captions_per_block": captions_per_block}
+            claim(blocks, settings | {"top_k": top_k, "random_control": random_control})
+            sweep(output)
+        state.wait_for_everyone()
+        caption_blocks = _encode_captions(encoder, captions, blocks, state, batch_size, captions_per_block)
+        state.wait_for_everyone()
+        rows = without_decoding(rows)
+        starts = range(0, len(rows), clips_per_block)
+        index_files = [blocks / f"index-{i:06d}.jsonl" for i in range(len(starts))]
+        for i, path in _unfinished(index_files, state, "frames"):
+            block = rows.select(range(starts[i], min(starts[i] + clips_per_block, len(rows))))
+            names, images, failures = _read_frames(block, column)
+            best = torch.empty(0, top_k, dtype=torch.long)
+            if images and random_control:
                 generator = torch.Generator().manual_seed(i)
                 best = torch.stack([torch.randperm(len(captions), generator=generator)[:top_k] for _ in names])
-            else:
+            elif images:
                 best = top_captions(encoder.images(images, batch_size), caption_blocks, top_k).cpu()
-            lines = [
-                json.dumps([name, [captions[n][0] for n in row]])
-                for name, row in zip(names, best.tolist(), strict=True)
-            ]
-        # Failures first: the index block marks this block as done.
-        write_atomically(path.with_name(f"failures-{i:06d}.jsonl"), _text([json.dumps(f) for f in failures]))
-        write_atomically(path, _text(lines))
-    state.wait_for_everyone()
+            found = [[name, [captions[n][0] for n in row]] for name, row in zip(names, best.tolist(), strict=True)]
+            _write_lines(path.with_name(f"failures-{i:06d}.jsonl"), failures)
+            _write_lines(path, found)  # last: it marks this block as done
+        state.wait_for_everyone()
 
-    if state.is_main_process:
-        write_atomically(
-            output / "captions.jsonl", _text([json.dumps([n, c], ensure_ascii=False) for n, c in captions])
-        )
-        _concatenate(
-            [path.with_name(path.name.replace("index", "failures")) for path in index_files], output / "failures.jsonl"
-        )
-        _concatenate(index_files, output / "index.jsonl")
-        shutil.rmtree(blocks)
-    state.wait_for_everyone()
+        if state.is_main_process:
+            _write_lines(output / "captions.jsonl", map(list, captions))
+            failed = [path.with_name(path.name.replace("index", "failures")) for path in index_files]
+            _concatenate(failed, output / "failures.jsonl")
+            _concatenate(index_files, output / "index.jsonl")
+            shutil.rmtree(blocks)
+        state.wait_for_everyone()
     return output / "index.jsonl"
 
 
-def _claim(path: Path, settings: list) -> None:
-    """Notes what the blocks beside `path` were made with, or checks that it was the same."""
-    if not path.exists():
-        write_atomically(path, json.dumps(settings).encode())
-    elif json.loads(path.read_text()) != settings:
-        raise ValueError(
-            f"{path.parent} holds the blocks of an interrupted run with another model, data or settings: "
-            "finish that run, delete the folder, or choose another --output"
-        )
+def _encode_captions(
+    encoder: Encoder,
+    captions: list[tuple[int, str]],
+    blocks: Path,
+    state: PartialState,
+    batch_size: int,
+    captions_per_block: int,
+) -> list[np.ndarray]:
+    """Embeddings of all captions `[captions_b, dim]` by block, memory-mapped; makes this process's share of them."""
+    starts = range(0, len(captions), captions_per_block)
+    files = [blocks / f"captions-{i:06d}.npy" for i in range(len(starts))]
+    for i, path in _unfinished(files, state, "captions"):
+        texts = [caption for _, caption in captions[starts[i] : starts[i] + captions_per_block]]
+        with write_whole(path) as partial:
+            np.save(partial, encoder.texts(texts, batch_size).cpu().numpy())
+    state.wait_for_everyone()
+    return [np.load(path, mmap_mode="r") for path in files]
+
+
+def _read_frames(rows: datasets.Dataset, column: str) -> tuple[list[str], list, list[dict]]:
+    """Names and pictures of the frames of some clips, and which could not be read, and why."""
+    names, images, failures = [], [], []
+    for row in rows:
+        frames = row["frames"] if column == "frames" else [row["image"]]
+        for number, frame in enumerate(frames):
+            try:
+                images.append(read_image(frame))
+                names.append(f"{row['id']}.p0.{len(frames)}_{number}")
+            except (OSError, ValueError, SyntaxError) as error:
+                failures.append({"id": row["id"], "frame": number, "reason": str(error)})
+    return names, images, failures
 
 
 def _unfinished(files: list[Path], state: PartialState, what: str) -> Iterator[tuple[int, Path]]:
@@ -254,48 +253,48 @@ def _unfinished(files: list[Path], state: PartialState, what: str) -> Iterator[t
     yield from ((i, path) for i, path in bar if not path.exists())
 
 
-def _text(lines: list[str]) -> bytes:
-    return "".join(line + "\n" for line in lines).encode()
+def _write_lines(path: Path, values: Iterable) -> None:
+    with write_whole(path) as partial:
+        partial.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
 
 
 def _concatenate(parts: list[Path], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as whole:
+    with write_whole(path) as partial, partial.open("wb") as whole:
         for part in parts:
             with part.open("rb") as file:
                 shutil.copyfileobj(file, whole)
-    temporary.replace(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def curate_data_set(options: argparse.Namespace) -> int:
+    """Curates as the command line says."""
+    index = curate(
+        Encoder.load(options.model, PartialState().device),
+        load_rows(options.dataset, options.split),
+        read_caption_pool(options.captions),
+        options.output,
+        options.top_k,
+        batch_size=options.batch_size,
+        random_control=options.random_control,
+    )
+    if PartialState().is_main_process:
+        failures = sum(1 for _ in (options.output / "failures.jsonl").open())
+        print(f"wrote {index}; {failures} frames could not be read" + (" (failures.jsonl)" if failures else ""))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="CLIP or VIP-ANT model: folder or Hub name")
-    parser.add_argument("--dataset", required=True, help="folder, file or Hub name with id and frames or image")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--model", required=True, help="CLIP or VIP-ANT model: folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="folder, file or Hub id with id and frames or image")
+    parser.add_argument("--split", help="split of the data, where there are several")
     parser.add_argument("--captions", required=True, help='.txt of one caption a line, or .jsonl of [id, "caption"]')
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path, help="folder of the results")
     parser.add_argument("--top_k", type=int, default=10, help="captions a frame")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="images or texts that are encoded at once")
     parser.add_argument("--random_control", action="store_true", help="random captions, the paper's control")
-    args = parser.parse_args(arguments)
-    try:
-        index = curate(
-            Encoder.load(args.model, PartialState().device),
-            load_rows(args.dataset, args.split),
-            read_captions(args.captions),
-            args.output,
-            args.top_k,
-            batch_size=args.batch_size,
-            random_control=args.random_control,
-            identity=json.dumps([args.model, args.dataset, args.split]),
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if PartialState().is_main_process:
-        failures = sum(1 for _ in (args.output / "failures.jsonl").open())
-        print(f"wrote {index}; {failures} frames could not be read" + (" (failures.jsonl)" if failures else ""))
+    return run_command(parser, curate_data_set, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

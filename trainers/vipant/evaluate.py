@@ -20,11 +20,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from datasets_scripts.commands import run_command
+from datasets_scripts.files import write_whole
 from modeling_vipant import VipAntModel, VipAntProcessor
 from trainers.metrics.classification import class_prompts, classification_metrics, zero_shot_scores
 from trainers.metrics.retrieval import audio_text_retrieval_metrics
 from trainers.recipes import load_rows
-from trainers.vipant.dataset import ClipDataset, TooManyUnreadableError
+from trainers.rows import Rows, require_columns
+from trainers.vipant.data_collator import ClipCollator
 from trainers.vipant.tagging import LabelEncoder, label_list
 
 PROMPTS = ("{}", "the sound of {}")  # the paper's: label names with and without a prompt
@@ -34,10 +37,11 @@ PROMPTS = ("{}", "the sound of {}")  # the paper's: label names with and without
 def embed_sounds(
     model: VipAntModel, processor: VipAntProcessor, rows: datasets.Dataset, batch_size: int = 32, workers: int = 0
 ) -> torch.Tensor:
-    """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length; raises TooManyUnreadableError at the
-    first that cannot be read."""
-    clips = ClipDataset(rows.select_columns(["audio"]), processor, ["audio"], training=False, max_skipped=0.0)
-    loader = torch.utils.data.DataLoader(clips, batch_size, collate_fn=clips.collate, num_workers=workers)
+    """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length. A damaged one is an error."""
+    require_columns(rows, [("audio",)], "evaluation")
+    clips = Rows(rows.select_columns([name for name in ("id", "audio") if name in rows.column_names]))
+    collator = ClipCollator(processor, ["audio"], max_skipped=0.0)
+    loader = torch.utils.data.DataLoader(clips, batch_size, collate_fn=collator, num_workers=workers)
     parts = [
         model.get_audio_features(batch["input_features"].to(model.device), normalize=False).pooler_output.float().cpu()
         for batch in tqdm(loader, desc="sounds", leave=False)
@@ -131,48 +135,51 @@ def evaluate_classification(
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["retrieval", "classification"])
-    parser.add_argument("--model", required=True, help="VIP-ANT model: folder or Hub name")
-    parser.add_argument("--dataset", required=True, help="folder, file or Hub name")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--num_frames", type=int, help="frames a clip, 1000 for 10 s (default: the model's)")
-    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="templates with {} for the label")
-    parser.add_argument("--class_prompts", type=Path, help="JSON file: label to texts of its own")
-    parser.add_argument("--similarity", choices=["cosine", "product"], default="cosine", help="of sounds and prompts")
-    parser.add_argument("--output", type=Path, help="JSON file with everything that was measured")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read sounds")
-    args = parser.parse_args(arguments)
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluates as the command line says, prints the results and writes them to `--output`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = VipAntModel.from_pretrained(args.model).eval().to(device)
-        processor = VipAntProcessor.from_pretrained(args.model)
-        if args.num_frames is not None:
-            processor.feature_extractor.num_frames = args.num_frames
-        rows = load_rows(args.dataset, args.split)
-        results: dict
-        if args.task == "retrieval":
-            results = evaluate_retrieval(model, processor, rows, args.workers)
-        else:
-            own = json.loads(args.class_prompts.read_text()) if args.class_prompts else None
-            results = evaluate_classification(
-                model, processor, rows, args.prompts, None, own, args.similarity, args.workers
-            )
-    except (ValueError, OSError, KeyError, TooManyUnreadableError) as error:
-        sys.exit(f"error: {error}")
-    if args.output is not None:
+    model = VipAntModel.from_pretrained(options.model).eval().to(device)
+    processor = VipAntProcessor.from_pretrained(options.model)
+    if options.num_frames is not None:
+        processor.feature_extractor.num_frames = options.num_frames
+    rows = load_rows(options.dataset, options.split)
+    results: dict
+    if options.task == "retrieval":
+        results = evaluate_retrieval(model, processor, rows, options.workers)
+    else:
+        own = json.loads(options.class_prompts.read_text()) if options.class_prompts else None
+        results = evaluate_classification(
+            model, processor, rows, options.prompts, None, own, options.similarity, options.workers
+        )
+    if options.output is not None:
         ids = list(rows["id"]) if "id" in rows.column_names else None
-        record = {"model": args.model, "dataset": args.dataset, "split": args.split, "results": results, "ids": ids}
-        args.output.write_text(json.dumps(record, indent=2))
+        settings = {name: getattr(options, name) for name in ("model", "dataset", "split")}
+        with write_whole(options.output) as path:
+            path.write_text(json.dumps(settings | {"results": results, "ids": ids}, indent=2))
     for name, value in results.items():
         if isinstance(value, dict):
             shown = ", ".join(f"{key} {value[key]:.4f}" for key in ("accuracy", "map") if key in value)
             print(f"{name:24s} {shown}")
         else:
             print(f"{name:28s} {value:.4f}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["retrieval", "classification"])
+    parser.add_argument("--model", required=True, help="VIP-ANT model: folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="folder, file or Hub id")
+    parser.add_argument("--split", help="split of the data, where there are several")
+    parser.add_argument("--num_frames", type=int, help="frames a clip, 1000 for 10 s (default: the model's)")
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="templates with {} for the label")
+    parser.add_argument("--class_prompts", type=Path, help="JSON file: label to texts of its own")
+    parser.add_argument("--similarity", choices=["cosine", "product"], default="cosine", help="of sounds and prompts")
+    parser.add_argument("--output", type=Path, help="JSON file with everything that was measured")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read sounds")
+    return run_command(parser, evaluate, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,28 +1,28 @@
 """Supervised training of VIP-ANT's audio tower: AudioSet tagging and ESC-50 classification.
 
-    python -m trainers.vipant.tagging recipes/vipant/tagging_audioset.yaml --model runs/va --output_dir runs/tagging
-    python -m trainers.vipant.tagging recipes/vipant/tagging_esc50.yaml --model runs/va --fold 1 \\
-        --output_dir runs/esc50-1
+    python -m trainers.vipant.tagging vipant/tagging_audioset --model runs/va --dataset DATA --output_dir runs/tagging
+    python -m trainers.vipant.tagging vipant/tagging_esc50 --model runs/va --dataset DATA --fold 1 --output_dir runs/1
 
 Several labels a clip: binary cross entropy, class-balanced sampling, mixup, mAP. One label: cross entropy, accuracy.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
 import torch
-from transformers import EvalPrediction, Trainer
+import torch.nn.functional as F
+from transformers import EvalPrediction
 from transformers.hf_argparser import HfArg
 
 from modeling_vipant import VipAntForAudioClassification, VipAntProcessor
 from trainers.metrics.classification import classification_metrics
-from trainers.processes import leave_group
-from trainers.recipes import load_rows, parse_recipe
-from trainers.stage import StageArguments
-from trainers.vipant.dataset import ClipDataset
+from trainers.recipes import load_splits
+from trainers.rows import sample_rng, without_decoding
+from trainers.stage import StageArguments, StageTrainer, run_stage
+from trainers.vipant.data_collator import ClipCollator, seeded
 from trainers.vipant.lars import lars_optimizer
 
 
@@ -51,7 +51,6 @@ class TaggingConfig(StageArguments):
     lars_bias_lr: float = HfArg(
         default=0.0048, help="LARS' rate of biases, norms and scales per 256 clips of the global batch."
     )
-    remove_unused_columns: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,35 +94,51 @@ class LabelEncoder:
         return shares
 
 
-class TaggingDataset(ClipDataset):
-    """`ClipDataset` whose training examples are, with probability `mixup`, mixed from two clips.
+class TaggingCollator(ClipCollator):
+    """
+    Batches of sounds with labels; training examples are, with probability `mixup`, mixed from two clips.
 
     Waveforms, each without its mean, and label vectors are mixed with a weight from Beta(10, 10), as in VIP-ANT.
 
     Args:
-        rows: With `audio` and `labels`.
-        processor: The model's processor.
-        encoder: Of the labels.
-        training: Whether to augment.
-        mixup: Share of mixed examples.
-        **kwargs: Further arguments of `ClipDataset`.
+        processor (`VipAntProcessor`): The model's.
+        encoder (`LabelEncoder`): Of the labels.
+        mixup (`float`, *optional*, defaults to 0.0): Share of mixed examples.
+        rows (*optional*): The training rows, of which the second clip is one.
+        kwargs: Further arguments of [`ClipCollator`].
     """
 
-    def __init__(self, rows, processor, encoder: LabelEncoder, training: bool, mixup: float = 0.0, **kwargs):
-        super().__init__(rows, processor, ["audio"], training, **kwargs)
+    def __init__(self, processor, encoder: LabelEncoder, mixup: float = 0.0, rows=None, **kwargs):
+        super().__init__(processor, ["audio"], **kwargs)
         self.encoder = encoder
-        self.mixup = mixup if training else 0.0
+        self.mixup = mixup
+        self.rows = without_decoding(rows)
 
-    def example(self, row: dict) -> dict[str, torch.Tensor]:
+    @property
+    def columns(self) -> list[tuple[str, ...]]:
+        """The columns it reads, for [`require_columns`]."""
+        return [("audio",), ("labels",)]
+
+    def read(self, row: dict) -> dict[str, torch.Tensor]:
         """`input_features` and `labels`; with mixup the labels of every training example are shares `[labels]`."""
-        waveform = self.waveform(row)
-        labels = self.encoder.shares(row["labels"]) if self.mixup else self.encoder(row["labels"])
-        if torch.rand(()) < self.mixup:
-            other = self.rows[int(torch.randint(len(self), ()))]
-            share = float(torch.distributions.Beta(10.0, 10.0).sample())
-            waveform = mix(waveform, self.waveform(other), share)
-            labels = share * labels + (1 - share) * self.encoder.shares(other["labels"])
-        return {"input_features": self.features(waveform), "labels": labels}
+        rng = sample_rng(self.seed, row)
+        mixup = 0.0 if rng is None else self.mixup
+        with seeded(rng):
+            waveform = self.waveform(row)
+            labels = self.encoder.shares(row["labels"]) if mixup else self.encoder(row["labels"])
+            if torch.rand(()) < mixup:
+                other = self.rows[int(torch.randint(len(self.rows), ()))]
+                share = float(torch.distributions.Beta(10.0, 10.0).sample())
+                waveform = mix(waveform, self.waveform(other), share)
+                labels = share * labels + (1 - share) * self.encoder.shares(other["labels"])
+            features = self.features(waveform, training=rng is not None)
+            return {"input_features": self.masked(features, training=rng is not None), "labels": labels}
+
+    def blank(self, row: dict) -> dict[str, torch.Tensor]:
+        """What stands in for a row that cannot be decoded."""
+        shares = torch.zeros(len(self.encoder.ids))
+        mixed = self.mixup > 0 and "epoch" in row
+        return super().blank(row) | {"labels": shares if self.encoder.multi_label or mixed else shares.argmax()}
 
 
 def mix(one: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
@@ -140,33 +155,53 @@ def balanced_weights(rows: datasets.Dataset) -> torch.Tensor:
     return torch.tensor([sum(1.0 / counts[name] for name in row) for row in labels], dtype=torch.double)
 
 
-class BalancedSampler(torch.utils.data.Sampler):
-    """Draws clips with replacement in proportion to weights; the order follows from seed and epoch alone."""
-
-    def __init__(self, weights: torch.Tensor, seed: int):
-        self.weights, self.seed, self.epoch = weights, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's draw."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        yield from torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
-
-
-class TaggingTrainer(Trainer):
-    """`Trainer` with class-balanced sampling and LARS.
+class TaggingTrainer(StageTrainer):
+    """
+    Trains a classifier of sounds.
 
     Args:
-        args: A `TaggingConfig`.
-        **kwargs: As of `transformers.Trainer`.
+        model (`VipAntForAudioClassification`): The model; all of it trains.
+        args (`TaggingConfig`): Settings.
+        processor (`VipAntProcessor`): The model's.
+        train_dataset, eval_dataset: Rows with `audio` and `labels`.
+        kwargs: Further arguments of `Trainer`.
     """
 
     optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        model: VipAntForAudioClassification,
+        args: TaggingConfig,
+        processor: VipAntProcessor,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        collator = TaggingCollator(
+            processor,
+            LabelEncoder([model.config.id2label[i] for i in range(model.config.num_labels)], args.multi_label),
+            args.mixup,
+            train_dataset,
+            frequency_mask=args.frequency_mask,
+            time_mask=args.time_mask,
+            max_skipped=args.max_skipped,
+            seed=args.seed,
+        )
+        trained = [name for name, _ in model.named_children()]
+        super().__init__(
+            model,
+            args,
+            trained,
+            processor,
+            train_dataset,
+            eval_dataset,
+            collator,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        self.label_names = ["labels", "pair_weight"]
+        self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """LARS with rates scaled to the global batch, or what `optim` says."""
@@ -174,33 +209,42 @@ class TaggingTrainer(Trainer):
             self.optimizer = lars_optimizer(model or self.model, self.args, self.accelerator.num_processes)
         return super().create_optimizer(model)
 
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.args.balanced:
-            return super()._get_train_sampler(dataset)
-        return BalancedSampler(balanced_weights(dataset.rows), self.args.seed)
+    def row_weights(self) -> torch.Tensor | None:
+        """With `balanced`, rare labels are drawn more often."""
+        return balanced_weights(self.train_dataset.rows) if self.args.balanced else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the clips of the batch that count."""
+        if self.model.training:
+            self.freeze()
+        labels, weight = inputs["labels"], inputs["pair_weight"]
+        logits = model(input_features=inputs["input_features"]).logits.float()
+        if self.args.multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        else:
+            losses = F.cross_entropy(logits, labels, reduction="none")
+        loss = (losses * weight).sum() / weight.sum().clamp(min=1)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """mAP, and accuracy where clips have one label."""
-    scores, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+    scores, labels, weight = map(torch.from_numpy, (prediction.predictions, *prediction.label_ids))
+    scores, labels = scores[weight > 0], labels[weight > 0]
     targets = labels > 0.5 if labels.ndim == 2 else labels
     metrics = classification_metrics(scores, targets)
     return {name: float(metrics[name]) for name in ("map", "accuracy") if name in metrics}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the recipe says, evaluates, and saves model and processor to `output_dir`."""
-    config = parse_recipe(TaggingConfig, sys.argv[1:] if arguments is None else arguments)
-    train_rows, eval_rows = load_rows(config.dataset, config.train_split), None
+def new_trainer(config: TaggingConfig) -> TaggingTrainer:
+    """The trainer, with model and data, that the settings describe."""
+    train_rows, eval_rows = load_splits(config)
     if config.fold is not None:
         rows = train_rows
         train_rows = rows.filter(lambda fold: fold != config.fold, input_columns="fold")
         eval_rows = rows.filter(lambda fold: fold == config.fold, input_columns="fold")
         if len(eval_rows) == 0 or len(train_rows) == 0:
             raise ValueError(f"fold {config.fold} does not part the data: folds are {sorted(set(rows['fold']))}")
-    elif config.eval_split:
-        eval_rows = load_rows(config.dataset, config.eval_split)
     labelled = [train_rows] if eval_rows is None else [train_rows, eval_rows]
     names = sorted({name for rows in labelled for row in rows["labels"] for name in label_list(row)})
     kind = "multi_label_classification" if config.multi_label else "single_label_classification"
@@ -212,36 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     processor = VipAntProcessor.from_pretrained(config.model)
     processor.feature_extractor.num_frames = config.num_frames
-    encoder = LabelEncoder(names, config.multi_label)
-    train = TaggingDataset(
-        train_rows,
-        processor,
-        encoder,
-        training=True,
-        mixup=config.mixup,
-        frequency_mask=config.frequency_mask,
-        time_mask=config.time_mask,
-        max_skipped=config.max_skipped,
-    )
-    evaluation = None
-    if eval_rows is not None:
-        evaluation = TaggingDataset(eval_rows, processor, encoder, training=False, max_skipped=0.0)
-    trainer = TaggingTrainer(
-        model,
-        config,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=train.collate,
-        processing_class=processor,
-        compute_metrics=compute_metrics,
-    )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if evaluation is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+    return TaggingTrainer(model, config, processor, train_rows, eval_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as the recipe says."""
+    return run_stage(TaggingConfig, new_trainer, arguments)
 
 
 if __name__ == "__main__":
-    main()
-    leave_group()
+    sys.exit(main())

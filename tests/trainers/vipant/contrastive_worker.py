@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_vipant
+from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_processor, tiny_vipant
 from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer
 
 SETTINGS = {
@@ -44,7 +44,7 @@ def step(folder: Path, dropout: float = 0.0, **settings) -> dict:
         if hasattr(module, "scale") and hasattr(module, "dropout"):
             module.dropout = dropout
     args = ContrastiveConfig(output_dir=str(folder), use_cpu=True, report_to=[], **settings)
-    trainer = ContrastiveTrainer(model, args)
+    trainer = ContrastiveTrainer(model, args, tiny_processor())
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare(model)
     processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index

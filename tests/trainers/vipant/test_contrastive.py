@@ -116,22 +116,31 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.patterns)
 
     def __getitem__(self, i):
-        return {"input_features": self.patterns[i].expand(-1, NUM_BINS), "pixel_values": self.images[i]}
+        if i >= len(self):
+            raise IndexError(i)
+        return {"audio": self.patterns[i].expand(-1, NUM_BINS), "image": self.images[i]}
+
+
+def collate(rows):
+    return {
+        "input_features": torch.stack([row["audio"] for row in rows]),
+        "pixel_values": torch.stack([row["image"] for row in rows]),
+        "pair_weight": torch.ones(len(rows)),
+    }
+
+
+def new_trainer(model, rows=None, **settings):
+    """A trainer on made-up features and pixels, which need no decoding."""
+    quick = {"use_cpu": True, "report_to": [], "per_device_train_batch_size": 8, "learning_rate": 2e-3}
+    config = ContrastiveConfig(**quick | {"disable_tqdm": True} | settings)
+    trainer = ContrastiveTrainer(model, config, tiny_processor(), Pairs() if rows is None else rows)
+    trainer.data_collator.collator = collate
+    return trainer
 
 
 def train(tmp_path, model, **settings):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "learning_rate": 2e-3,
-        "max_steps": 12,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    trainer = ContrastiveTrainer(model, ContrastiveConfig(**defaults | settings), train_dataset=Pairs())
+    defaults = {"max_steps": 12, "logging_steps": 1, "save_strategy": "no", "output_dir": str(tmp_path)}
+    trainer = new_trainer(model, **defaults | settings)
     trainer.train()
     return trainer
 
@@ -230,9 +239,9 @@ def test_evaluation_reports_loss_and_retrieval_both_ways(tmp_path):
     metrics = trainer.evaluate(Pairs(7))
     assert metrics["eval_loss"] > 0
     model.eval()
-    inputs = {name: torch.stack([Pairs(7)[i][name] for i in range(7)]) for name in ("input_features", "pixel_values")}
+    inputs = collate([Pairs(7)[i] for i in range(7)])
     with torch.no_grad():
-        output = model(**inputs)
+        output = model(input_features=inputs["input_features"], pixel_values=inputs["pixel_values"])
     scores = output.audio_embeds @ output.image_embeds.T
     for name, matrix in (("audio_to_image", scores), ("image_to_audio", scores.T)):
         hits = [(row > row[i]).sum().item() < 5 for i, row in enumerate(matrix)]
@@ -244,19 +253,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
     whole = tiny_vipant()
     train(tmp_path / "whole", whole, **settings)
     resumed = tiny_vipant()
-    trainer = ContrastiveTrainer(
-        resumed,
-        ContrastiveConfig(
-            output_dir=str(tmp_path / "again"),
-            use_cpu=True,
-            report_to=[],
-            per_device_train_batch_size=8,
-            learning_rate=2e-3,
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=Pairs(),
-    )
+    trainer = new_trainer(resumed, output_dir=str(tmp_path / "again"), **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)

@@ -9,11 +9,11 @@ from scipy.stats import beta
 
 from modeling_vipant import VipAntForAudioClassification
 from tests.tiny_vipant import tiny_processor, tiny_vipant
+from trainers.rows import EpochSampler, TooManySkippedError
 from trainers.vipant.tagging import (
-    BalancedSampler,
     LabelEncoder,
+    TaggingCollator,
     TaggingConfig,
-    TaggingDataset,
     TaggingTrainer,
     balanced_weights,
     main,
@@ -60,12 +60,12 @@ def run(data, model, output, *options):
         "--learning_rate": "1e-3",
         "--disable_tqdm": "true",
     }
-    main([str(part) for pair in arguments.items() for part in pair] + list(options))
+    return main([str(part) for pair in arguments.items() for part in pair] + list(options))
 
 
 def test_tagging_learns_and_saves_a_labelled_model(data, model, tmp_path):
     run(data, model, tmp_path, "--eval_split", "train", "--num_train_epochs", "20")
-    metrics = json.loads((tmp_path / "eval_results.json").read_text())
+    metrics = json.loads((tmp_path / "all_results.json").read_text())
     assert metrics["eval_map"] > 0.95
     classifier = VipAntForAudioClassification.from_pretrained(tmp_path)
     assert classifier.config.id2label == {0: "high", 1: "low"}
@@ -76,52 +76,62 @@ def test_lars_rates_follow_the_batch(model, tmp_path):
     classifier = VipAntForAudioClassification.from_pretrained(model, problem_type="single_label_classification")
     settings = {"per_device_train_batch_size": 50, "gradient_accumulation_steps": 2, "report_to": "none"}
     config = TaggingConfig(output_dir=str(tmp_path), use_cpu=True, lars=True, **settings)
-    optimizer = TaggingTrainer(classifier, config).create_optimizer()
+    optimizer = TaggingTrainer(classifier, config, tiny_processor()).create_optimizer()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2 * 100 / 256, 0.0048 * 100 / 256])
     assert any(classifier.classifier.logit_scale is p for p in optimizer.param_groups[1]["params"])
 
 
-def test_folds_are_held_out(data, model, tmp_path):
+def test_folds_are_held_out(data, model, tmp_path, capsys):
     single = tmp_path / "rows.jsonl"
     rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
     single.write_text("\n".join(json.dumps(row | {"labels": row["labels"][0]}) for row in rows))
     run(tmp_path, model, tmp_path / "out", "--fold", "2", "--multi_label", "false", "--max_steps", "2")
-    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert 0 <= metrics["eval_accuracy"] <= 1
-    with pytest.raises(ValueError, match=r"fold 7 does not part the data: folds are \[1, 2\]"):
-        run(tmp_path, model, tmp_path / "none", "--fold", "7", "--max_steps", "1")
+    assert run(tmp_path, model, tmp_path / "none", "--fold", "7", "--max_steps", "1") == 1
+    assert "error: fold 7 does not part the data: folds are [1, 2]" in capsys.readouterr().err
 
 
-def dataset(data, model, multi_label=True, **settings) -> TaggingDataset:
-    rows = datasets.Dataset.from_json(str(data / "rows.jsonl"), cache_dir=str(data / "cache"))
-    encoder = LabelEncoder(["high", "low"], multi_label)
-    return TaggingDataset(rows, tiny_processor(), encoder, **settings)
+def rows_of(data) -> datasets.Dataset:
+    return datasets.Dataset.from_json(str(data / "rows.jsonl"), cache_dir=str(data / "cache"))
 
 
-def test_mixed_examples_mix_sounds_and_labels_alike(data, model):
-    mixed = dataset(data, model, training=True, mixup=1.0)
+def test_mixed_examples_mix_sounds_and_labels_alike(data, monkeypatch):
+    rows = rows_of(data)
+    mixed = TaggingCollator(tiny_processor(), LabelEncoder(["high", "low"], True), mixup=1.0, rows=rows)
     heard = {}
-    original = TaggingDataset.features
+    original = TaggingCollator.features
 
-    def features(self, waveform):
+    def features(self, waveform, training):
         heard["waveform"] = waveform
-        return original(self, waveform)
+        return original(self, waveform, training)
 
-    TaggingDataset.features = features
-    try:
-        shares = []
-        for _ in range(60):
-            labels = mixed[0]["labels"]  # row 0 is "low" alone
-            spectrum = np.abs(np.fft.rfft(heard["waveform"].numpy())) / 960  # tones of 0.2 have 1.0
-            low, high = spectrum[180], spectrum[1800]
-            assert labels[0].item() == pytest.approx(high, abs=0.03)
-            assert labels[1].item() == pytest.approx(min(low, 1.0), abs=0.03)
-            if labels[0] > 0:
-                shares.append(labels[0].item())
-    finally:
-        TaggingDataset.features = original
+    monkeypatch.setattr(TaggingCollator, "features", features)
+    shares = []
+    for epoch in range(60):
+        labels = mixed.read(rows[0] | {"epoch": epoch})["labels"]  # row 0 is "low" alone
+        spectrum = np.abs(np.fft.rfft(heard["waveform"].numpy())) / 960  # tones of 0.2 have 1.0
+        low, high = spectrum[180], spectrum[1800]
+        assert labels[0].item() == pytest.approx(high, abs=0.03)
+        assert labels[1].item() == pytest.approx(min(low, 1.0), abs=0.03)
+        if labels[0] > 0:
+            shares.append(labels[0].item())
     low, high = beta(10, 10).ppf([0.001, 0.999])
     assert len(shares) > 10 and min(shares) > low and max(shares) < high
+
+
+def test_examples_follow_from_seed_epoch_and_id(data):
+    rows = rows_of(data)
+    options = {"mixup": 0.5, "rows": rows, "frequency_mask": 4, "time_mask": 8}
+    one, other = (TaggingCollator(tiny_processor(), LabelEncoder(["high", "low"], True), **options) for _ in range(2))
+    torch.manual_seed(1)
+    first = one([rows[i] | {"epoch": 3} for i in range(4)])
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = other([rows[i] | {"epoch": 3} for i in range(4)])
+    assert all(torch.equal(first[name], again[name]) for name in first) and torch.equal(state, torch.get_rng_state())
+    later = one([rows[i] | {"epoch": 4} for i in range(4)])
+    assert not torch.equal(first["input_features"], later["input_features"])
 
 
 def test_mix_pads_and_cuts_the_other_sound():
@@ -134,14 +144,14 @@ def test_balanced_sampling_evens_out_labels():
     rows = datasets.Dataset.from_dict({"labels": [["rain"]] * 90 + [["bell"]] * 9 + [["bell", "owl"]]})
     weights = balanced_weights(rows)
     torch.testing.assert_close(weights[[0, 90, 99]], torch.tensor([1 / 90, 0.1, 1.1], dtype=torch.double))
-    sampler = BalancedSampler(weights.repeat(100), seed=0)
-    drawn = [index % 100 for index in sampler]
+    sampler = EpochSampler(10_000, 0, weights.repeat(100))
+    drawn = [index % 100 for _, index in sampler]
     share = np.mean([index < 90 for index in drawn])
     assert share == pytest.approx(1 / 3, abs=0.02)
     assert list(sampler) == list(sampler)
-    first = list(sampler)
+    first = [index for _, index in sampler]
     sampler.set_epoch(1)
-    assert list(sampler) != first
+    assert [index for _, index in sampler] != first
 
 
 def test_label_encoder():
@@ -156,19 +166,22 @@ def test_label_encoder():
         one([0, 1])
 
 
-def test_unreadable_clips_are_replaced_until_there_are_too_many(data, model, tmp_path, caplog):
+def test_clips_that_cannot_be_decoded_weigh_nothing_until_there_are_too_many(data, model, tmp_path):
     rows = [{"id": str(i), "audio": str(data / f"{i}.wav"), "labels": ["low"]} for i in range(4)]
     rows[1]["audio"] = str(tmp_path / "gone.wav")
-    clips = TaggingDataset(
-        datasets.Dataset.from_list(rows),
-        tiny_processor(),
-        LabelEncoder(["low"], True),
-        training=False,
+    classifier = VipAntForAudioClassification.from_pretrained(
+        model, id2label={0: "low"}, problem_type="multi_label_classification"
     )
-    torch.testing.assert_close(clips[1]["input_features"], clips[2]["input_features"])
-    assert clips.unreadable == 1
-    with pytest.raises(RuntimeError, match=r"2 of \d clips could not be read, more than 1\.0%"):
-        clips[1]
+    config = TaggingConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = TaggingTrainer(classifier, config, tiny_processor(), rows)
+    collator = trainer.data_collator.collator
+    batch = collator(rows)
+    assert batch["pair_weight"].tolist() == [1, 0, 1, 1] and collator.skips.skipped == 1
+    trainer.model.eval()
+    without = collator([rows[0], *rows[2:]])
+    torch.testing.assert_close(trainer.compute_loss(classifier, batch), trainer.compute_loss(classifier, without))
+    with pytest.raises(TooManySkippedError, match=r"2 of \d samples could not be decoded, more than 1\.0%"):
+        collator([rows[1]])
 
 
 def test_impossible_settings_are_refused(tmp_path):
