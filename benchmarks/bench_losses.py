@@ -1,14 +1,17 @@
 """Alignment losses against the per-pair loop they replace: time, memory, growth.
 
-    python benchmarks/bench_losses.py            # everything, about three minutes on two cores
-    python benchmarks/bench_losses.py --quick    # time per pair only
+    python benchmarks/bench_losses.py                    # everything, about four minutes on two cores
+    python benchmarks/bench_losses.py --quick            # times only
+    python benchmarks/bench_losses.py --problems 1000    # exact transport of random problems against ot.emd
 
 Each round runs every variant once, so that whatever else the machine does meets all of them; figures are medians over
-rounds after a warm-up. Time is forward and backward at B = 8, n = 512, m = 576, d = 1024, divided by B. Image tokens
-need no gradient, as in training. Memory is the peak of the resident set above what it is with the tokens in place,
-each case in a process of its own; the gradient of the audio tokens is part of it. There malloc is told to give large
-blocks back at once (MALLOC_MMAP_THRESHOLD_), so that the figure is what is in use: left alone, glibc keeps what each
-solver thread has freed, and B = 8 of `exact` shows 70 to 110 MiB where 31 are in use.
+rounds after a warm-up, of the time on the clock and of the processor time of all threads. Time is forward and backward
+at B = 8, n = 512, m = 576, d = 1024, divided by B. Image tokens need no gradient, as in training.
+
+Memory is the peak of the resident set above what it is with the tokens in place, each case in a process of its own;
+the gradient of the audio tokens is part of it. There malloc is told to give large blocks back at once
+(MALLOC_MMAP_THRESHOLD_), so that the figure is what is in use: left alone, glibc keeps what each solver thread has
+freed.
 """
 
 import argparse
@@ -18,15 +21,21 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import ot
 import torch
 import torch.nn.functional as F
 
-from trainers.losses import attentive_transport, contrastive, mean_tokens, mmd, optimal_transport
+from tests.trainers.losses.transport_problems import TOKENS, WEIGHTS, checked_solution, random_problem
+from trainers.losses import attentive_transport, contrastive, exact_solver, mean_tokens, mmd, optimal_transport
+from trainers.losses.common import joint_tokens, squared_distances
+from trainers.losses.exact_solver import entropic_potentials, solve_exactly
 
 BATCH, N, M, D = 8, 512, 576, 1024
 
@@ -93,31 +102,85 @@ def step(loss, audio, image):
     loss(audio, image).mean().backward()
 
 
-def medians(losses, audio, image, rounds):
-    """Median seconds of each loss, interleaved."""
+class Seconds(NamedTuple):
+    wall: float
+    processor: float
+
+
+def medians(functions, rounds):
+    """Median times of each function, interleaved, after a warm-up."""
+    times = {name: [] for name in functions}
+    for round_number in range(rounds + 1):
+        for name, function in functions.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            function()
+            if round_number:
+                times[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {name: Seconds(*map(statistics.median, zip(*pairs, strict=True))) for name, pairs in times.items()}
+
+
+def loss_medians(losses, audio, image, rounds):
     audio = audio.requires_grad_()
-    for loss in losses.values():
-        step(loss, audio, image)
-    times = {name: [] for name in losses}
-    for _ in range(rounds):
-        for name, loss in losses.items():
-            start = time.perf_counter()
-            step(loss, audio, image)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return medians({name: partial(step, loss, audio, image) for name, loss in losses.items()}, rounds)
+
+
+def print_table(seconds, first_column, divisor=1):
+    """Times, and how many times as fast as the last plain way above."""
+    print(f"{first_column:32}{'ms':>9}{'x plain':>9}{'ms of processor':>18}{'x plain':>9}")
+    plain = None
+    for name, value in seconds.items():
+        if name.startswith(("loop", "ot.emd")):
+            plain = value
+        columns = (
+            f"{1e3 * own / divisor:{width}.2f}{reference / own:9.2f}"
+            for own, reference, width in zip(value, plain, (9, 18), strict=True)
+        )
+        print(f"{name:32}" + "".join(columns))
 
 
 def print_times(kind, rounds):
     audio, image = make_tokens(kind)
-    seconds = medians(variants(), audio, image, rounds)
-    reference = None
-    print(f"\n{kind} tokens, B={BATCH} n={N} m={M} d={D}, {torch.get_num_threads()} threads\n")
-    print(f"{'loss':32}{'ms a pair':>10}{'x loop':>9}")
-    for name, value in seconds.items():
-        if name.startswith("loop"):
-            reference = value
-        print(f"{name:32}{1e3 * value / BATCH:10.2f}{reference / value:9.2f}")
-    print(f"sinkhorn takes {seconds['sinkhorn'] / seconds['exact']:.2f} of the time of exact")
+    print(f"\n{kind} tokens, B={BATCH} n={N} m={M} d={D}, {torch.get_num_threads()} threads, a pair\n")
+    print_table(loss_medians(variants(), audio, image, rounds), "loss", BATCH)
+
+
+def print_solver(kind, rounds):
+    """The exact solver without cost matrix and gradients, on one thread, against POT's on all arcs."""
+    audio, image = make_tokens(kind, 1)
+    joint, _ = joint_tokens(audio, image, None, None, torch.float32)
+    cost = squared_distances(joint[:, :N], joint[:, N:])
+    weights = {"uniform": (torch.full((1, N), 1 / N), torch.full((1, M), 1 / M))}
+    weights["attentive"] = tuple(torch.softmax(0.5 * torch.randn(1, size), 1) for size in (N, M))
+    functions = {}
+    for name, (a, b) in weights.items():
+        arrays = *(w[0].double().numpy() for w in (a, b)), cost[0].numpy()
+        functions[f"ot.emd, {name}"] = partial(ot.emd, *arrays, numItermax=10**7, check_marginals=False)
+        functions[f"shortlists, {name}"] = partial(
+            lambda a, b, arrays: solve_exactly(*arrays, *entropic_potentials(cost, a, b)), a, b, arrays
+        )
+    print(f"\nexact solver alone, {kind} tokens, one pair, 1 thread\n")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print_table(medians(functions, rounds), "solver")
+    torch.set_num_threads(threads)
+
+
+def print_problems(count):
+    """Random problems of 1 to 600 tokens a side, half of them with shortlists at any size; raises if one is wrong."""
+    generator = np.random.default_rng(0)
+    min_arcs, failed, slowest = exact_solver.MIN_ARCS, [], 0.0
+    for seed in range(count):
+        exact_solver.MIN_ARCS = int(generator.choice([0, min_arcs]))
+        kind = str(generator.choice(TOKENS)), str(generator.choice(WEIGHTS)), 10.0 ** generator.integers(-6, 7)
+        problem = random_problem(seed, 600, *kind)
+        start = time.process_time()
+        if checked_solution(*problem).shortlist_failed:
+            failed.append((seed, *kind, problem[2].shape))
+        slowest = max(slowest, time.process_time() - start)
+    print(f"{count} random problems: all optimal, {len(failed)} of them by the simplex on all arcs")
+    print(f"slowest {slowest:.2f} s of processor time, with the simplex on all arcs that checks it")
+    for problem in failed:
+        print("  no shortlist did:", *problem)
 
 
 def print_accuracy(kind):
@@ -143,9 +206,9 @@ def print_growth(rounds):
     cases = [{"batch": b} for b in (1, 2, 4, 8, 16)]
     cases += [{"n": n} for n in (128, 256, 512, 1024)] + [{"m": m} for m in (144, 288, 576, 1152)]
     for case in cases:
-        seconds = medians(losses, *make_tokens("normal", **case), rounds)
+        seconds = loss_medians(losses, *make_tokens("normal", **case), rounds)
         label = ", ".join(f"{'B' if name == 'batch' else name} = {value}" for name, value in case.items())
-        print(f"{label:24}" + "".join(f"{1e3 * value:12.1f}" for value in seconds.values()))
+        print(f"{label:24}" + "".join(f"{1e3 * value.wall:12.1f}" for value in seconds.values()))
 
 
 def resident(field):
@@ -184,16 +247,20 @@ def print_memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="time per pair only")
+    parser.add_argument("--quick", action="store_true", help="times only")
+    parser.add_argument("--problems", type=int, default=0, help="so many random problems instead")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", nargs=2, metavar=("LOSS", "B"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # ot.emd2 and Sinkhorn warn on stderr once a call
     if options.memory_of:
         return measure_memory(options.memory_of[0], int(options.memory_of[1]))
-    print_times("normal", options.rounds)
+    if options.problems:
+        return print_problems(options.problems)
+    for kind in ("normal", "clustered"):
+        print_times(kind, options.rounds)
+        print_solver(kind, options.rounds)
     if not options.quick:
-        print_times("clustered", options.rounds)
         print()
         print_accuracy("normal")
         print_accuracy("clustered")

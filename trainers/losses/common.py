@@ -244,8 +244,8 @@ def joint_tokens(
     """Both token sets of each pair as one, about their common mean.
 
     Distances do not see the origin, but |x|^2 + |y|^2 - 2 x.y does: an offset that is large against the distances
-    would cancel their digits. The first real token is subtracted before the mean, so that equal tokens become
-    exactly zero.
+    would cancel their digits. The first real audio token is subtracted before the mean, so that equal tokens
+    become exactly zero.
 
     Args:
         audio: `[c, n, d]`, zero at padding.
@@ -259,15 +259,15 @@ def joint_tokens(
     """
     n, m = audio.shape[1], image.shape[1]
     joint = audio.new_empty(len(audio), n + m, audio.shape[2], dtype=dtype)
-    joint[:, :n] = audio
-    joint[:, n:] = image
     real = joint.new_ones(joint.shape[:2])
+    first = audio[:, 0]
     if audio_mask is not None:
         real[:, :n] = audio_mask
+        first = audio[torch.arange(len(audio), device=audio.device), audio_mask.to(torch.uint8).argmax(1)]
     if image_mask is not None:
         real[:, n:] = image_mask
-    first = real.argmax(1)
-    joint -= joint[torch.arange(len(joint), device=joint.device), first][:, None]
+    for tokens, part in ((audio, joint[:, :n]), (image, joint[:, n:])):
+        torch.sub(tokens, first[:, None].to(dtype), out=part)
     masked = audio_mask is not None or image_mask is not None
     if masked:
         joint *= real[..., None]
@@ -287,8 +287,8 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         `[c, n, m]`, never negative.
     """
-    cost = torch.baddbmm(y.square().sum(2)[:, None, :], x, y.transpose(1, 2), alpha=-2)
-    return cost.add_(x.square().sum(2)[..., None]).clamp_(min=0)
+    norms_x, norms_y = (torch.linalg.vector_norm(tokens, dim=2).square() for tokens in (x, y))
+    return torch.baddbmm(norms_y[:, None], x, y.transpose(1, 2), alpha=-2).add_(norms_x[..., None]).clamp_(min=0)
 
 
 def centre_potentials(potential: Tensor, mask: Tensor | None) -> None:

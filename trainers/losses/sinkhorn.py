@@ -234,8 +234,8 @@ class _Scalings:
         kernel = self.g.masked_fill(self.support_b == 0, -torch.inf)[:, None] - self.cost
         kernel /= self.eps[..., None]
         top = kernel.amax(2)
-        # exp is ten times slower where it underflows
-        kernel.sub_(top[..., None]).clamp_(min=-80).exp_()
+        # Scaled by the weights, e^-60 is still a normal number; products with subnormal ones take ten times as long.
+        kernel.sub_(top[..., None]).clamp_(min=-60).exp_()
         total = torch.linalg.vecdot(kernel, self.support_b[:, None])
         log_f = self.log_a - self.damping * (top + total.log())
         kernel *= ((log_f + top).exp() * self.support_a)[..., None]

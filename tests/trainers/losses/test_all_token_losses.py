@@ -59,6 +59,34 @@ def test_padding_has_no_effect(name, garbage):
 
 
 @every_loss
+def test_audio_and_image_tokens_play_the_same_part(name):
+    """Masks too: any-resolution captioners give ragged image tokens."""
+    audio, image = make_tokens()
+    masks = torch.arange(7) < torch.tensor([[4], [7], [1]]), torch.arange(9) < torch.tensor([[9], [2], [5]])
+    value, grad_audio, grad_image = value_and_grads(
+        TOKEN_LOSSES[name], audio, image, audio_mask=masks[0], image_mask=masks[1]
+    )
+    swapped, *grads = value_and_grads(TOKEN_LOSSES[name], image, audio, audio_mask=masks[1], image_mask=masks[0])
+    tolerance = 2e-3 if name in ("sinkhorn", "unbalanced") else 1e-5
+    torch.testing.assert_close(swapped, value, rtol=tolerance, atol=tolerance)
+    for grad, expected in zip(grads, (grad_image, grad_audio), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0.05, atol=50 * tolerance)
+    assert not grad_audio[0, 4:].any() and not grad_image[1, 2:].any()
+
+
+@every_loss
+def test_width_of_a_language_model(name):
+    """Width only repeats: each coordinate four times is the tokens times two."""
+    audio, image = make_tokens(2, d=1024)
+    options = {"audio_mask": torch.arange(7).expand(2, -1) < 6, "image_mask": torch.arange(9).expand(2, -1) > 0}
+    value, grad_audio, _ = value_and_grads(TOKEN_LOSSES[name], 2 * audio, 2 * image, **options)
+    wide, wide_audio, _ = value_and_grads(TOKEN_LOSSES[name], audio.repeat(1, 1, 4), image.repeat(1, 1, 4), **options)
+    assert wide_audio.shape == (2, 7, 4096)
+    torch.testing.assert_close(wide, value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(2 * wide_audio[..., :1024], grad_audio, rtol=1e-2, atol=1e-3)
+
+
+@every_loss
 def test_masks_that_differ_by_pair(name):
     audio, image = make_tokens(batch=2)
     audio_mask = torch.arange(7) < torch.tensor([[4], [7]])
