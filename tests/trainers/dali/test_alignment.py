@@ -209,7 +209,7 @@ def test_cached_image_tokens_give_the_same_training(tmp_path):
     cached.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     cached.train()
     assert not calls
-    assert losses(cached) == pytest.approx(losses(plain), rel=2e-3)  # fp16 tokens
+    assert losses(cached) == pytest.approx(losses(plain), rel=5e-3)  # fp8 tokens
 
 
 def test_a_cache_goes_on_where_it_was_cut(tmp_path):
