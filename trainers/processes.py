@@ -1,4 +1,4 @@
-"""Data parallel on the cores of one machine, from within a program: what torchrun does for a command.
+"""Processes and threads on the cores of one machine; from within a program, what torchrun does for a command.
 
 Small models gain little from threads: two processes of one thread make a step of the demonstration's alignment 1.13
 times as fast as two threads do (`benchmarks/bench_processes.py`), and prepare their batches side by side.
@@ -11,7 +11,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch import multiprocessing, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SMALL = 20_000_000  # parameters below which an operation is too short to be shared out among threads
+
+
+def choose_threads(model: nn.Module) -> None:
+    """
+    Lets a small model work on one thread: several gain it nothing, and where another program keeps a core busy, each
+    operation waits for the thread on that core. `OMP_NUM_THREADS` in the environment has the last word.
+
+    Args:
+        model (`nn.Module`): What will run.
+    """
+    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
+        return
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size < SMALL:
+        logger.warning(f"{size / 1e6:.1f} million parameters: one thread. (OMP_NUM_THREADS sets another number.)")
+        torch.set_num_threads(1)
 
 
 def run_in_processes(function: Callable, arguments: tuple, processes: int, on_report: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from trainers.processes import run_in_processes
+from trainers.processes import SMALL, choose_threads, run_in_processes
 
 
 def add_up(value: float, report) -> None:
@@ -50,3 +50,29 @@ def test_a_shared_model_is_gone_before_its_group(tmp_path):
 def test_an_error_in_any_of_them_ends_all_and_is_raised_here():
     with pytest.raises(ProcessRaisedException, match="the second one fails"):
         run_in_processes(fail_in_the_second, (), 2, print)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_models_work_on_one_thread(two_threads):
+    choose_threads(torch.nn.Linear(2, 2))
+    assert torch.get_num_threads() == 1
+
+
+def test_large_models_keep_their_threads(two_threads):
+    with torch.device("meta"):
+        choose_threads(torch.nn.Linear(SMALL, 1))
+    assert torch.get_num_threads() == 2
+
+
+def test_the_environment_has_the_last_word_on_threads(two_threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    choose_threads(torch.nn.Linear(2, 2))
+    assert torch.get_num_threads() == 2

@@ -19,6 +19,7 @@ from modeling_dali.audio_io import ClipError, read_audio, read_middle_frame
 from modeling_dali.explain import draw, explain, find_scorers
 from modeling_dali.pipeline_dali import Window, caption_windows, cut_windows
 from trainers.dali.caption_formats import Line, as_json, as_text, chosen_format, distinct_names, write_captions
+from trainers.processes import choose_threads
 from trainers.rows import read_image
 
 MEDIA = AUDIO_EXTENSIONS + VIDEO_EXTENSIONS
@@ -246,6 +247,7 @@ def open_model(model: str, device: str | None) -> tuple:
         raise ValueError(f"{model} is a {kind} model, which does not hear: give a DALI model or an ear")
     captioner = AutoModel.from_pretrained(model, dtype="auto", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    choose_threads(captioner)
     return captioner.to(place).eval(), processor
 
 

@@ -35,6 +35,7 @@ from modeling_dali.modeling_dali_utils import DaliMixin
 from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import CaptionSample, DaliDataCollator, Modality
 from trainers.fingerprints import rows_hash, weights_hash
+from trainers.processes import choose_threads
 from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
 
@@ -112,6 +113,7 @@ def write_pseudo_captions(
         TooManySkippedError: see `max_skipped`.
     """
     accelerator = Accelerator()
+    choose_threads(model)
     collator = new_collator(processor, config)
     require_columns(rows, collator.columns, "pseudo-captioning")
     model = model.eval().to(accelerator.device)
