@@ -145,13 +145,14 @@ def build(
     return ImageTokenCache(folder)
 
 
-def _open(folder: Path, mode: Literal["r", "r+"] = "r") -> tuple[np.ndarray, ...]:
+def _open(folder: Path, mode: Literal["r", "r+"] = "r") -> tuple[np.ndarray, np.memmap, np.memmap, np.memmap]:
     """Offsets, tokens, scales and state; raises ValueError if a file is cut short."""
     first, *files = [folder / f"{name}.npy" for name in ("offsets", "tokens", "scales", "state")]
     try:
         for file in files:
             np.load(file, mmap_mode="r")  # "r+" would lengthen a file that is cut short
-        return np.load(first), *(np.load(file, mmap_mode=mode) for file in files)
+        tokens, scales, state = (np.load(file, mmap_mode=mode) for file in files)
+        return np.load(first), tokens, scales, state
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"The image tokens in {folder} are damaged ({error}): delete the folder.") from error
 
