@@ -12,6 +12,7 @@ such files only.
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import socket
@@ -223,19 +224,21 @@ class Folder:
             sweep(self.root)
 
 
-class HashingFile:
+class HashingFile(io.RawIOBase):
     """A file that counts and sums up what is written to it.
 
     Args:
-        file: Open for writing bytes.
+        file: Open for writing bytes; who opened it closes it.
     """
-
-    closed = False
 
     def __init__(self, file: Any):
         self._file = file
         self._sum = hashlib.sha256()
         self.size = 0
+
+    def writable(self) -> bool:
+        """True."""
+        return True
 
     def write(self, data: Any) -> int:
         """Writes bytes."""
@@ -243,33 +246,13 @@ class HashingFile:
         self.size += len(data)
         return self._file.write(data)
 
-    def digest(self) -> str:
-        """SHA-256 of all that was written."""
-        return self._sum.hexdigest()
-
-    # What pyarrow asks of a file.
-
     def tell(self) -> int:
         """Number of bytes written."""
         return self.size
 
-    def flush(self) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing: who opened the file closes it."""
-
-    def seekable(self) -> bool:
-        """False."""
-        return False
-
-    def readable(self) -> bool:
-        """False."""
-        return False
-
-    def writable(self) -> bool:
-        """True."""
-        return True
+    def digest(self) -> str:
+        """SHA-256 of all that was written."""
+        return self._sum.hexdigest()
 
 
 def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
