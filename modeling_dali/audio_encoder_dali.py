@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, ClapAudioModel, PreTrainedModel
+from transformers import AutoModel, ClapAudioModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dali import DaliAudioConfig
@@ -27,7 +30,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
     quarter = width // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
 
-    def encode(positions):
+    def encode(positions: torch.Tensor) -> torch.Tensor:
         angles = positions.flatten()[:, None].double() * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -35,7 +38,16 @@ def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
     return torch.cat([encode(column), encode(row)], dim=1).float()[None]
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain softmax attention; `query`, `key`, `value` [B, heads, tokens, head width]."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -59,12 +71,14 @@ class DaliAudioAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, tokens, width] -> the same shape, and the attention weights where they exist."""
         batch, tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, tokens, head width]
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
         output, weights = attention(
             self,
             query,
@@ -90,7 +104,7 @@ class DaliAudioLayer(GradientCheckpointingLayer):
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`hidden_states` [B, tokens, width] -> the same shape."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), **kwargs)[0]
         return hidden_states + self.fc2(self.act(self.fc1(self.norm2(hidden_states))))
@@ -127,7 +141,7 @@ class DaliAudioModel(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DaliAudioModel):
             init.copy_(module.positions, sincos_positions(*self.config.grid, self.config.hidden_size))
@@ -138,7 +152,7 @@ class DaliAudioModel(PreTrainedModel):
         return self.patch_embedding
 
     @capture_outputs
-    def forward(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def forward(self, input_features: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
         """
         Args:
             input_features: Normalised log-mel frames [B, frames, mel bins].
@@ -165,7 +179,7 @@ class DaliAudioModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
-def build_audio_tower(audio_config) -> PreTrainedModel:
+def build_audio_tower(audio_config: PreTrainedConfig) -> PreTrainedModel:
     """The audio encoder of a configuration: CAV-MAE's branch, or any transformers encoder with token outputs."""
     if audio_config.model_type == "dali_audio":
         return DaliAudioModel(audio_config)

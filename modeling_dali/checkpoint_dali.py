@@ -46,10 +46,10 @@ class AudioBackbone(NamedTuple):
     encoder: dict[str, torch.Tensor]
     projection: dict[str, torch.Tensor] | None
     scorers: dict[str, torch.Tensor]
-    unneeded: Counter
+    unneeded: Counter[str]
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     The tensors of a PyTorch file, without `module.` in front of their names.
 
@@ -97,7 +97,12 @@ def audio_encoder_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def pick(tensors: dict[str, torch.Tensor], names: dict[str, str], shapes: dict[str, torch.Size], path) -> dict:
+def pick(
+    tensors: dict[str, torch.Tensor],
+    names: dict[str, str],
+    shapes: dict[str, torch.Size],
+    path: str | os.PathLike[str],
+) -> dict[str, torch.Tensor]:
     """
     Takes tensors out of `tensors`, renamed.
 
@@ -129,7 +134,7 @@ def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def read_audio_backbone(
-    path: str | os.PathLike, audio_tower: PreTrainedModel, audio_projection: nn.Linear
+    path: str | os.PathLike[str], audio_tower: PreTrainedModel, audio_projection: nn.Linear
 ) -> AudioBackbone:
     """
     Reads a DALI or CAV-MAE checkpoint.
@@ -152,7 +157,9 @@ def read_audio_backbone(
     return AudioBackbone(encoder, projection, scorers, group(tensors))
 
 
-def read_scorers(tensors: dict[str, torch.Tensor], width: int, path) -> dict[str, torch.Tensor]:
+def read_scorers(
+    tensors: dict[str, torch.Tensor], width: int, path: str | os.PathLike[str]
+) -> dict[str, torch.Tensor]:
     """Takes the scorers of tokens of one width out of `tensors`, by our names; none if there are none."""
     if not any(name.split(".")[0] in SCORER_PARTS for name in tensors):
         return {}
@@ -168,7 +175,7 @@ def read_scorers(tensors: dict[str, torch.Tensor], width: int, path) -> dict[str
     return pick(tensors, names, shapes, path)
 
 
-def read_projector(path: str | os.PathLike, projector: nn.Module) -> tuple[dict, Counter]:
+def read_projector(path: str | os.PathLike[str], projector: nn.Module) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     """
     Reads the audio copy of the projector.
 
@@ -185,7 +192,7 @@ def read_projector(path: str | os.PathLike, projector: nn.Module) -> tuple[dict,
     return pick(tensors, names, shapes_of(projector), path), group(tensors)
 
 
-def read_prefix(path: str | os.PathLike, width: int) -> tuple[torch.Tensor, Counter]:
+def read_prefix(path: str | os.PathLike[str], width: int) -> tuple[torch.Tensor, Counter[str]]:
     """Reads the soft prefix [tokens, width] (`prefix.bin`); raises ValueError as `read_audio_backbone` does."""
     tensors = read_tensors(path)
     name = "model.audio_tower.prefix"
@@ -194,6 +201,6 @@ def read_prefix(path: str | os.PathLike, width: int) -> tuple[torch.Tensor, Coun
     return prefix, group(tensors)
 
 
-def group(tensors: dict[str, torch.Tensor]) -> Counter:
+def group(tensors: dict[str, torch.Tensor]) -> Counter[str]:
     """Tensors counted by the first part of their names: `blocks_v`, `decoder_embed`, ..."""
     return Counter(name.split(".")[0] for name in tensors)

@@ -47,7 +47,7 @@ class DaliAudioConfig(PreTrainedConfig):
     attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in ("num_frames", "num_mel_bins"):
             if getattr(self, name) % self.patch_size:
@@ -136,11 +136,11 @@ class EarConfig(PreTrainedConfig):
     base_model_fingerprint: dict[str, list[float]] | None = None
     ear_only: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.audio_seq_length is None and self.audio_config is not None:
             self.audio_seq_length = count_audio_tokens(self.audio_config)
-        if self.audio_seq_length < 1:
+        if self.audio_seq_length is not None and self.audio_seq_length < 1:
             raise ValueError(f"`audio_seq_length` must be at least 1, it is {self.audio_seq_length}.")
         placeholders = {name: getattr(self, f"{name}_token_index") for name in ("image", "audio", "prefix")}
         if len(set(placeholders.values())) < len(placeholders):
@@ -191,7 +191,7 @@ class DaliCaptionerConfig(EarConfig):
     captioner_config: Any = None  # a configuration or its dictionary
     alignment_target: AlignmentTarget = "projector_output"
 
-    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """That of the captioner."""
         return self.captioner_config.get_text_config(decoder=decoder, encoder=encoder)
 

@@ -11,6 +11,7 @@ Soft prefix tokens, where the ear holds some, stand in the place of `<prefix>` p
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class EarMixin(PreTrainedModel):
         self,
         token_width: int,
         projector: nn.Module,
-        audio_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
+        audio_encoder: "str | os.PathLike[str] | PreTrainedModel | None" = None,
     ) -> None:
         """
         Gives the module an ear; what is not given starts from random weights.
@@ -70,12 +71,12 @@ class EarMixin(PreTrainedModel):
             self.load_audio_encoder(audio_encoder)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, EarMixin) and module.prefix is not None:
             init.normal_(module.prefix, std=PREFIX_STD)
 
-    def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
+    def load_audio_encoder(self, path: str | os.PathLike[str]) -> AudioBackbone:
         """
         Loads the audio side of a CAV-MAE or DALI checkpoint (`.pth`) into this ear.
 
@@ -91,7 +92,7 @@ class EarMixin(PreTrainedModel):
             self.audio_projection.load_state_dict(backbone.projection)
         return backbone
 
-    def encode_audio(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def encode_audio(self, input_features: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
         """
         The audio encoder's outputs.
 
@@ -121,7 +122,7 @@ class EarMixin(PreTrainedModel):
 
     @can_return_tuple
     def get_audio_features(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """
         Encodes clips.
@@ -168,7 +169,9 @@ class EarMixin(PreTrainedModel):
         heard = input_features_mask.view(len(input_features_mask), columns, config.patch_size).any(-1)  # [B, columns]
         return heard[:, None].expand(-1, rows, -1).flatten(1)
 
-    def fill_prefix(self, mask: torch.Tensor, inputs_embeds: torch.Tensor, cached: int | torch.Tensor = 0):
+    def fill_prefix(
+        self, mask: torch.Tensor, inputs_embeds: torch.Tensor, cached: int | torch.Tensor = 0
+    ) -> torch.Tensor:
         """
         Puts the soft prefix where `mask` [B, length] says that `<prefix>` placeholders stand: all of it in each row
         that has any. Arguments and errors are those of [`fill_placeholders`].
@@ -206,18 +209,27 @@ def fill_placeholders(
     Raises:
         ValueError: if there are more or fewer placeholders than features, or if those are of another width.
     """
-    found = mask.sum()
     if features is None:
+        found = mask.sum()
         torch_compilable_check((found == 0) | (cached > 0), lambda: misfit(name, int(found), 0))
         return inputs_embeds
+    check_placeholders(name, features, mask)
     if features.shape[-1] != inputs_embeds.shape[-1]:
         raise ValueError(
             f"The {name} features are {features.shape[-1]} wide, the language model {inputs_embeds.shape[-1]}. Are "
             "they another model's? An assistant model must be as wide as the model that it assists."
         )
-    number = features.shape[0]  # not `len`, which asks for the number itself where it is traced
-    torch_compilable_check(found == number, lambda: misfit(name, int(found), number))
     return scatter(features, mask, inputs_embeds)
+
+
+def check_placeholders(name: str, features: torch.Tensor, mask: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: if `mask` [B, length] has more or fewer places than there are `features` [tokens, hidden size].
+    """
+    found = mask.sum()
+    available = features.shape[0]  # not `len`, which asks for the number itself where it is traced
+    torch_compilable_check(found == available, lambda: misfit(name, int(found), available))
 
 
 def scatter(features: torch.Tensor, mask: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -238,4 +250,4 @@ def misfit(name: str, placeholders: int, features: int) -> str:
     )
 
 
-__all__ = ["PREFIX_STD", "EarMixin", "fill_placeholders", "misfit"]
+__all__ = ["PREFIX_STD", "EarMixin", "check_placeholders", "fill_placeholders", "misfit"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 CARD = """---
 {metadata}
@@ -56,7 +57,7 @@ EAR_ALONE = """This checkpoint holds the ear alone: audio encoder, projection, p
 named below is loaded from where it is published, and another one is refused."""
 
 
-def model_card(config, name: str, metrics: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
+def model_card(config: PreTrainedConfig, name: str, metrics: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
     """
     Args:
         config: The model's `DaliConfig` or `DaliCaptionerConfig`.

@@ -12,6 +12,7 @@ Alignment*, NeurIPS 2024, arXiv 2410.05997.
 import copy
 import dataclasses
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from transformers import (
     LlavaPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -37,7 +39,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dali import DaliConfig
-from .ear_dali import EarMixin, fill_placeholders
+from .ear_dali import EarMixin, check_placeholders, fill_placeholders
 from .modeling_dali_utils import DaliMixin, ear_fields, find_ear, require_all_weights
 
 # What the forward passes take beside their named arguments.
@@ -88,7 +90,37 @@ class DaliModel(EarMixin, LlavaModel):
         embedding = embeddings(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(-1)
 
-    def embed_text(self, input_ids) -> torch.Tensor:
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Where images and sounds stand.
+
+        Args:
+            input_ids: [B, length], or None where there are embeddings only.
+            inputs_embeds: [B, length, hidden size].
+            image_features: [tokens, hidden size], if the placeholders are to be checked against them; so too
+                `audio_features`.
+
+        Returns:
+            Boolean masks of `<image>` and of `<audio>` placeholders, each [B, length, 1].
+
+        Raises:
+            ValueError: if there are more or fewer placeholders than features.
+        """
+        masks = []
+        for name, features in (("image", image_features), ("audio", audio_features)):
+            mask = self.placeholder_mask(getattr(self.config, f"{name}_token_index"), input_ids, inputs_embeds)
+            if features is not None:
+                check_placeholders(name, features, mask)
+            masks.append(mask[..., None])
+        return masks[0], masks[1]
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings [B, length, hidden size]; placeholders may lie outside the vocabulary."""
         embeddings = self.get_input_embeddings()
         for token_id in (self.config.audio_token_index, self.config.prefix_token_index):
@@ -129,7 +161,9 @@ class DaliModel(EarMixin, LlavaModel):
         unknown = [name for name, value in kwargs.items() if name not in KNOWN_KWARGS and value is not None]
         if unknown:
             raise TypeError(f"Unknown inputs {unknown}: sound is `input_features`, images are `pixel_values`.")
-        if (input_ids is None) == (inputs_embeds is None):
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.embed_text(input_ids)
+        elif inputs_embeds is None or input_ids is not None:
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         encoded = dict(mm_encoder_outputs or {})
         for name, given in (("image", pixel_values), ("audio", input_features)):
@@ -150,8 +184,6 @@ class DaliModel(EarMixin, LlavaModel):
                 input_features, input_features_mask, return_dict=True, **captured
             )
 
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_text(input_ids)
         if encoded or inputs_embeds.shape[1] > 1:  # a single token is the model's own
             cached = 0 if cache is None else cache.get_seq_length()
             inputs_embeds = self.fill_all_placeholders(input_ids, inputs_embeds, encoded, cached)
@@ -175,14 +207,13 @@ class DaliModel(EarMixin, LlavaModel):
         cached: int | torch.Tensor,
     ) -> torch.Tensor:
         """Images, sounds and the soft prefix into their places; see [`fill_placeholders`] for arguments and errors."""
-        masks = {
-            name: self.placeholder_mask(getattr(self.config, f"{name}_token_index"), input_ids, inputs_embeds)
-            for name in ("image", "audio", "prefix")
-        }
-        for name in ("image", "audio"):
+        # All are looked for first: without ids they are found by their embeddings, which are then replaced.
+        image_mask, audio_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        prefix_mask = self.placeholder_mask(self.config.prefix_token_index, input_ids, inputs_embeds)
+        for name, mask in (("image", image_mask), ("audio", audio_mask)):
             features = None if encoded.get(name) is None else torch.cat(list(encoded[name].pooler_output))
-            inputs_embeds = fill_placeholders(name, features, masks[name], inputs_embeds, cached)
-        return self.fill_prefix(masks["prefix"], inputs_embeds, cached)
+            inputs_embeds = fill_placeholders(name, features, mask[..., 0], inputs_embeds, cached)
+        return self.fill_prefix(prefix_mask, inputs_embeds, cached)
 
 
 class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
@@ -219,13 +250,13 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
     @classmethod
     def from_llava(
         cls,
-        llava: "str | os.PathLike | LlavaForConditionalGeneration",
-        audio_encoder: "str | os.PathLike | PreTrainedModel | None" = None,
+        llava: "str | os.PathLike[str] | LlavaForConditionalGeneration",
+        audio_encoder: "str | os.PathLike[str] | PreTrainedModel | None" = None,
         *,
-        tokenizer=None,
-        audio_config=None,
-        ear: str | os.PathLike | None = None,
-        **kwargs,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        audio_config: PreTrainedConfig | None = None,
+        ear: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> "DaliForConditionalGeneration":
         """
         Builds a DALI model from a LLaVA checkpoint.
@@ -297,11 +328,13 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         return {"model.vision_tower": self.model.vision_tower}
 
     @classmethod
-    def from_base(cls, captioner: "str | os.PathLike | PreTrainedModel", **kwargs) -> "DaliForConditionalGeneration":
+    def from_base(
+        cls, captioner: "str | os.PathLike[str] | PreTrainedModel", **kwargs: Any
+    ) -> "DaliForConditionalGeneration":
         """[`from_llava`] by the name that it has in every class."""
         return cls.from_llava(captioner, **kwargs)
 
-    def add_media_tokens(self, tokenizer) -> None:
+    def add_media_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """As [`DaliMixin.add_media_tokens`]; placeholders are told apart by their embeddings too."""
         super().add_media_tokens(tokenizer)
         self.tell_apart()
@@ -383,7 +416,13 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             audio_outputs=outputs.audio_outputs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, cache=None, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """The base class's, with what assistant models and PEFT need."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, cache=cache, **kwargs)
         # The base class takes an assistant's first step for a later one and leaves out what it should see and hear.
@@ -395,7 +434,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             inputs["past_key_values"] = inputs["cache"]
         return inputs
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Encodes sounds once, before beams or samples multiply the rows, as the base class does with images."""
         model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         input_features = model_kwargs.pop("input_features", None)
@@ -406,7 +445,13 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
             )
         return model_kwargs
 
-    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+    def _expand_multimodal_outputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        mm_encoder_output: dict[str, BaseModelOutputWithPooling],
+        expand_size: int = 1,
+        inputs_embeds: Any = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
         """Repeats each row's encoded clips `expand_size` times, row by row."""
         mm_encoder_output = super()._expand_multimodal_outputs(
             input_ids, mm_encoder_output, expand_size=expand_size, inputs_embeds=inputs_embeds
@@ -417,7 +462,7 @@ class DaliForConditionalGeneration(DaliMixin, LlavaForConditionalGeneration):
         if input_ids is not None and input_ids.numel() == 0:
             input_ids = None
         mask = self.model.placeholder_mask(self.config.audio_token_index, input_ids, inputs_embeds)
-        rows = torch.cat(list(audio.pooler_output)).split(mask.sum(-1).tolist())
+        rows = torch.split(torch.cat(list(audio.pooler_output)), mask.sum(-1).tolist())
         audio.pooler_output = [row for row in rows for _ in range(expand_size)]
         return mm_encoder_output
 

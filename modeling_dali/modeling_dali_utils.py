@@ -10,14 +10,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file, is_peft_available
@@ -50,13 +57,13 @@ class DaliMixin(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *args,
-        config=None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        config: PreTrainedConfig | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """
         Loads a saved DALI model, and takes no weight for granted. For an ear alone (see [`save_ear`]), the captioner
         that it names is loaded too.
@@ -91,11 +98,11 @@ class DaliMixin(PreTrainedModel):
         return model
 
     @classmethod
-    def from_base(cls, captioner: "str | os.PathLike | PreTrainedModel", **kwargs):
+    def from_base(cls, captioner: "str | os.PathLike[str] | PreTrainedModel", **kwargs: Any) -> "DaliMixin":
         """Gives a captioner an ear."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
         Saves weights, configuration, generation configuration, the code that loads them (see `auto_map` in the
         configuration) and, unless the folder has one, a model card. The processor is saved by its own
@@ -115,7 +122,14 @@ class DaliMixin(PreTrainedModel):
         self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, this)
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers writes classes into it
 
-    def _upload_modified_files(self, working_dir, repo_id: str, *args, revision: str | None = None, **kwargs):
+    def _upload_modified_files(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        *args: Any,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The last step of `push_to_hub`: a repository without a model card gets DALI's, in the same commit."""
         api = HfApi(token=kwargs.get("token"))
         if not any(api.file_exists(repo_id, "README.md", revision=branch) for branch in {revision, None}):
@@ -126,13 +140,15 @@ class DaliMixin(PreTrainedModel):
 
     # The ear alone --------------------------------------------------------------------------------------------------
 
-    def save_ear(self, save_directory: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save_ear(
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         """
         Saves all but the captioner: the ear's weights, configurations, the code that loads them and, unless the
         folder has one, a card. `from_pretrained` loads the captioner from where it came from.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder to write.
+            save_directory (`str` or `os.PathLike[str]`): Folder to write.
             state_dict (`dict[str, torch.Tensor]`, *optional*): State of the whole model, where its own parameters are
                 sharded.
 
@@ -160,7 +176,9 @@ class DaliMixin(PreTrainedModel):
         save_file(state, folder / EAR_FILE, metadata={"format": "pt"})
         save_card(config, folder)
 
-    def push_ear_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs) -> str:
+    def push_ear_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any
+    ) -> str:
         """
         Uploads what `save_ear` writes; a card that is there stays.
 
@@ -227,11 +245,11 @@ class DaliMixin(PreTrainedModel):
                 values |= {name: spread(p) for name, p in modules[path].named_parameters(prefix=path) if p.ndim > 1}
         return values
 
-    def load_audio_encoder(self, path: str | os.PathLike) -> AudioBackbone:
+    def load_audio_encoder(self, path: str | os.PathLike[str]) -> AudioBackbone:
         """See [`EarMixin.load_audio_encoder`]."""
         return self.ear.load_audio_encoder(path)
 
-    def add_media_tokens(self, tokenizer) -> None:
+    def add_media_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """
         Adds `<audio>` and `<prefix>` to a tokenizer and tells the configuration their indices.
 
@@ -277,7 +295,7 @@ class DaliMixin(PreTrainedModel):
         self.ear.prefix = None
         self.config.prefix_length = 0
 
-    def load_prefix(self, path: str | os.PathLike, position: PrefixPosition | None = None) -> None:
+    def load_prefix(self, path: str | os.PathLike[str], position: PrefixPosition | None = None) -> None:
         """
         Loads soft prefix tokens from a PEFT prompt-tuning adapter.
 
@@ -297,7 +315,7 @@ class DaliMixin(PreTrainedModel):
             raise ValueError(f"The prefix in {path} is {prefix.shape[-1]} wide, the language model {width}.")
         self.set_prefix(prefix, position or self.config.prefix_position)
 
-    def save_prefix(self, path: str | os.PathLike) -> None:
+    def save_prefix(self, path: str | os.PathLike[str]) -> None:
         """Saves the soft prefix tokens as a PEFT prompt-tuning adapter, which `load_prefix` and peft load."""
         if self.ear.prefix is None:
             raise ValueError("The model holds no prefix to save.")
@@ -325,7 +343,13 @@ class DaliMixin(PreTrainedModel):
 
     # Generation and sound -------------------------------------------------------------------------------------------
 
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         Writes text.
 
@@ -342,7 +366,7 @@ class DaliMixin(PreTrainedModel):
         return self.ear.get_audio_tokens(input_features)
 
     def get_audio_features(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """See [`EarMixin.get_audio_features`]."""
         return self.ear.get_audio_features(input_features, input_features_mask, **kwargs)
@@ -376,13 +400,13 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def find_ear(path: str | os.PathLike, **hub) -> Path:
+def find_ear(path: str | os.PathLike[str], **hub: Any) -> Path:
     """The folder of an ear, which is downloaded if `path` is a Hub id; `hub` says how."""
     files = [cached_file(path, name, **hub) for name in ("config.json", EAR_FILE)]
     return Path(files[0]).parent
 
 
-def ear_fields(config: EarConfig) -> dict:
+def ear_fields(config: EarConfig) -> dict[str, Any]:
     """What the configuration of an ear alone tells about the ear."""
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = {field.name for field in dataclasses.fields(EarConfig)} - general
@@ -407,7 +431,7 @@ def save_card(config: EarConfig, folder: Path) -> None:
         model_card(config, folder.name).save(folder / "README.md")
 
 
-def require_all_weights(info: dict, source: str, ignore_mismatched_sizes: bool = False) -> None:
+def require_all_weights(info: dict[str, Any], source: str, ignore_mismatched_sizes: bool = False) -> None:
     """
     Raises:
         ValueError: if loading `source` left weights at random values or out of the model; lists them.

@@ -57,7 +57,7 @@ class VipAntAudioConfig(PreTrainedConfig):
         time, frequency = ((size - patch) // stride + 1 for size, patch, stride in sizes)
         return time, frequency
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Checks the sizes against each other; part of `@strict`'s validation.
 
         Raises:
@@ -106,7 +106,7 @@ class VipAntConfig(PreTrainedConfig):
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
     initializer_factor: float = interval(min=0.0, max=FINITE)(default=1.0)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # Saving one model records only its own auto class; the same weights serve both.
         kwargs.setdefault(
             "auto_map",

@@ -10,6 +10,7 @@ transformer (`VipAntAudioModel`) -> class token -> projection -> unit length (`V
 import copy
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class VipAntOutput(ModelOutput):
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple:
+    def to_tuple(self) -> tuple[Any, ...]:
         """All present fields, nested outputs as tuples."""
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
 
@@ -242,7 +243,7 @@ class VipAntModel(VipAntPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_clip(cls, clip: CLIPModel | str, **audio_config) -> "VipAntModel":
+    def from_clip(cls, clip: CLIPModel | str, **audio_config: Any) -> "VipAntModel":
         """A model whose image and text towers are `clip` and whose audio tower starts from the image tower.
 
         The patch kernel is kept with its channels, whose mean is applied; positions are interpolated bilinearly from

@@ -301,6 +301,22 @@ def test_placeholders_and_features_must_be_as_many(edit, message):
         model(**inputs)
 
 
+def test_placeholders_are_found_by_ids_and_by_embeddings():
+    model, processor = tiny_dali()
+    ids = prepare(processor, MIXED)["input_ids"]
+    embeddings = model.get_input_embeddings()(ids)
+    for given in (ids, None):
+        image, audio = model.model.get_placeholder_mask(given, embeddings)
+        assert torch.equal(image[..., 0], ids == model.config.image_token_index)
+        assert torch.equal(audio[..., 0], ids == model.config.audio_token_index)
+    features = torch.zeros(int(audio.sum()), 32)
+    model.model.get_placeholder_mask(ids, embeddings, audio_features=features)
+    with pytest.raises(ValueError, match="96 <audio> placeholders, but there are 95"):
+        model.model.get_placeholder_mask(ids, embeddings, audio_features=features[1:])
+    with pytest.raises(ValueError, match="32 <image> placeholders, but there are 96"):
+        model.model.get_placeholder_mask(ids, embeddings, image_features=features)
+
+
 def test_wrong_spectrogram_size_is_named():
     model, processor = tiny_dali()
     inputs = dict(prepare(processor, [("audio", 0, 0)]))
