@@ -306,7 +306,7 @@ class VipAntModel(VipAntPreTrainedModel):
         model.audio_projection.load_state_dict(clip.visual_projection.state_dict())
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """The base class's; the configuration names the pipeline whose code is saved beside it."""
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # transformers writes classes into it
         super().save_pretrained(save_directory, *args, **kwargs)
