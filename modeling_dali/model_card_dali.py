@@ -29,13 +29,22 @@ Alignment*](https://arxiv.org/abs/2410.05997), NeurIPS 2024).
 ## Use
 
 ```python
+from transformers import pipeline
+
+pipe = pipeline("audio-captioning", model="{name}", trust_remote_code=True)
+print(pipe("sound.wav"))  # start, end and caption of each window
+```
+
+Or step by step:
+
+```python
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 
 prompt = processor.caption_prompt("audio")  # or "audio_image", with images=[...] below
-inputs = processor(text=prompt, audio="sound.wav", sampling_rate=16_000, return_tensors="pt")
+inputs = processor(text=prompt, audio="sound.wav", return_tensors="pt")
 print(processor.decode_captions(model.generate(**inputs), inputs))
 ```
 

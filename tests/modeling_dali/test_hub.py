@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_hub_files_import_nothing_from_the_project(saved):
                 assert module.split(".")[0] not in ("modeling_dali", "trainers", "datasets_scripts", "tests"), line
                 if module.startswith("."):  # one level, flat
                     assert (saved[0] / f"{module[1:]}.py").is_file(), line
+
+
+def test_the_code_of_the_card_runs(saved, tmp_path, monkeypatch, capsys):
+    code = re.findall(r"```python\n(.*?)```", (saved[0] / "README.md").read_text(), flags=re.DOTALL)
+    soundfile.write(tmp_path / "sound.wav", np.random.default_rng(0).standard_normal(20_000) * 0.1, 44_100)
+    (tmp_path / saved[0].name).symlink_to(saved[0])
+    monkeypatch.chdir(tmp_path)
+    for block in code:
+        exec(block, {})
+    assert len(code) == 2 and len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_model_card(saved):
