@@ -28,7 +28,6 @@ from transformers.hf_argparser import HfArg
 from examples.sounding_world.demo import RECIPES, Demo, DemoConfig, claim_folder
 from examples.sounding_world.evaluation import most_frequent_caption, score_split
 from examples.sounding_world.report import COLUMNS
-from examples.sounding_world.runner import Stage
 from trainers.dali.alignment import LOSSES
 from trainers.dali.data_collator import Modality
 from trainers.recipes import run_recipe
@@ -122,7 +121,7 @@ def run(config: AblationConfig, demo_config: DemoConfig | None = None) -> dict:
 
     def add(name: str, seconds: float, score: Callable[[], dict]) -> None:
         runs[name] = folder / f"{name.replace(' ', '-')}.json"
-        stages.append(Stage(name, seconds, lambda: _write(runs[name], score())))
+        stages.append(demo.stage(name, seconds, lambda: _write(runs[name], score())))
 
     for seed in seeds:
         add(f"start {seed}", 40, partial(run_start, demo, seed))

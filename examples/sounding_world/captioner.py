@@ -271,14 +271,12 @@ class CaptionerModel(nn.Module):
     def forward(self, words: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
         """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
         count = int((inputs["input_ids"][0] == self.llava.config.image_token_index).sum())
-        projector = self.llava.model.multi_modal_projector
-        hook = projector.register_forward_pre_hook(lambda _, given: (self.disturb(given[0], count),))
-        try:
-            features = self.llava.get_image_features(inputs.pop("pixel_values"), return_dict=True)
-        finally:
-            hook.remove()  # the LLaVA itself stays as it is
+        model = self.llava.model
+        features = model.vision_tower(inputs.pop("pixel_values"), return_dict=True)
+        patches = features.last_hidden_state[:, 1:]  # what LLaVA takes: the last layer without its class token
+        image = model.multi_modal_projector(self.disturb(patches, count))  # [B, tokens, width]
+        features.pooler_output = list(image)
         outputs = self.llava(**inputs, mm_encoder_outputs={"image": features})
-        image = torch.stack(features.pooler_output)  # [B, tokens, width]
         names = self.words(image)  # [B, tokens, vocabulary]
         strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
         told = ~words.isnan()

@@ -39,7 +39,7 @@ from examples.sounding_world.captioner import CaptionerConfig, CaptionerTrainer,
 from examples.sounding_world.evaluation import TEST_VARIANTS, evaluate
 from examples.sounding_world.listener import new_listener
 from examples.sounding_world.report import write_report
-from examples.sounding_world.runner import Relay, Runner, Stage
+from examples.sounding_world.runner import Relay, Runner
 from examples.sounding_world.samples import write_samples
 from modeling_dali import DaliForConditionalGeneration, DaliProcessor
 from trainers.dali.alignment import LOSSES, AlignmentConfig, AlignmentTrainer
@@ -48,6 +48,7 @@ from trainers.dali.evaluate import table
 from trainers.dali.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, write_pseudo_captions
 from trainers.processes import run_in_processes
+from trainers.progress import Stage
 from trainers.recipes import load_model, parse_recipe, run_recipe
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -234,15 +235,15 @@ class Demo(Runner):
     def stages(self) -> list[Stage]:
         """All stages, with about the seconds that they take on two cores."""
         return [
-            Stage("world", 25, self.world),
-            Stage("captioner", 205, self.captioner),
-            Stage("prefix tuning", 10, self.prefix_tuning),
-            Stage("audio pretraining", 80, self.audio_pretraining),
-            Stage("alignment", 160, self.alignment),
-            Stage("pseudo-captions", 5, self.pseudo_captions),
-            Stage("distillation", 25, self.distillation),
-            Stage("supervised twin", 30, self.supervised),
-            Stage("evaluation", 15, partial(evaluate, self)),
+            self.stage("world", 25, self.world),
+            self.stage("captioner", 205, self.captioner),
+            self.stage("prefix tuning", 10, self.prefix_tuning),
+            self.stage("audio pretraining", 80, self.audio_pretraining),
+            self.stage("alignment", 160, self.alignment),
+            self.stage("pseudo-captions", 5, self.pseudo_captions),
+            self.stage("distillation", 25, self.distillation),
+            self.stage("supervised twin", 30, self.supervised),
+            self.stage("evaluation", 15, partial(evaluate, self)),
         ]
 
 

@@ -29,8 +29,9 @@ from transformers.hf_argparser import HfArg
 
 from datasets_scripts.files import claim
 from datasets_scripts.sounding_world import SOUNDING, sounding_world
-from examples.sounding_world.runner import Runner, Stage
+from examples.sounding_world.runner import Runner
 from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
+from trainers.progress import Stage
 from trainers.recipes import run_recipe
 from trainers.vipant.contrastive import ContrastiveConfig, ContrastiveTrainer
 from trainers.vipant.evaluate import evaluate_classification, evaluate_retrieval
@@ -196,11 +197,11 @@ class VipAntDemo(Runner):
     def stages(self) -> list[Stage]:
         """All stages, with about the seconds that they take on two cores."""
         return [
-            Stage("world", 30, self.world),
-            Stage("clip", 130, self.train_clip),
-            Stage("va", 160, self.pretrain),
-            Stage("at", 60, self.fine_tune),
-            Stage("evaluation", 15, self.evaluation),
+            self.stage("world", 30, self.world),
+            self.stage("clip", 130, self.train_clip),
+            self.stage("va", 160, self.pretrain),
+            self.stage("at", 60, self.fine_tune),
+            self.stage("evaluation", 15, self.evaluation),
         ]
 
 

@@ -214,9 +214,10 @@ def test_failed_stages_are_not_noted_as_done(tmp_path):
     def fail():
         raise OSError("the disk is full")
 
-    stages = [runner.Stage("first", 1, lambda: None), runner.Stage("second", 1, fail)]
+    demo = Demo(DemoConfig(str(tmp_path)))
+    stages = [demo.stage("first", 1, lambda: None), demo.stage("second", 1, fail)]
     with pytest.raises(OSError, match="full"):
-        Demo(DemoConfig(str(tmp_path))).run_stages(stages, tmp_path / "done")
+        demo.run_stages(stages, tmp_path / "done")
     assert [path.stem for path in (tmp_path / "done").iterdir()] == ["first"]
 
 
