@@ -130,6 +130,7 @@ class StageTrainer(Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"FSDP was asked for, but accelerate does not shard on {args.device.type} devices.")
+        self.label_names = ["labels"]  # whatever else the model's signature offers
         self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.add_callback(_CheckGradients(self))
 
