@@ -52,6 +52,7 @@ lint: $(STAMP)
 
 typecheck: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict -p trainers.losses
 
 clean:
 	rm -rf .venv build dist site *.egg-info .coverage*
