@@ -29,7 +29,8 @@ def run_command(
     """
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: command(options), options.debug)
+    # `dali` and `vipant` keep the switch for themselves when they hand a command on.
+    return exit_code(lambda: command(options), options.debug or "--debug" in sys.argv)
 
 
 def exit_code(command: Callable[[], int], debug: bool = False) -> int:

@@ -52,6 +52,8 @@ def csv_table(
         FileNotFoundError: if the table or all sounds are missing; those that are missing are counted in a warning.
     """
     table = Path(table)
+    if not table.is_file():
+        raise FileNotFoundError(f"there is no table {table}")
     columns = _columns(table, columns)
     media = table.parent if media is None else media
     features = {name: feature for name, feature in FEATURES.items() if name in columns or name == "id"}

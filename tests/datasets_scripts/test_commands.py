@@ -42,3 +42,9 @@ def test_an_error_is_one_line_and_with_debug_a_traceback(error, line, capsys):
 def test_an_interrupt_is_no_error(capsys):
     assert run(failing(KeyboardInterrupt())) == 130
     assert "goes on from here" in capsys.readouterr().err
+
+
+def test_the_switch_of_a_command_tree_holds_for_what_it_hands_on(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dali data prepare", "--debug"])
+    with pytest.raises(ValueError, match="wrong"):
+        run(failing(ValueError("wrong")))
