@@ -81,6 +81,23 @@ def embed(outputs: BaseModelOutputWithPooling, projection: nn.Linear, normalize:
     return outputs
 
 
+def average_windows(values: torch.Tensor, window_seconds: torch.Tensor) -> torch.Tensor:
+    """The mean over the windows of each sound, weighted by their duration.
+
+    Args:
+        values: Of the windows that there are, sound by sound, `[windows of all sounds, dim]`.
+        window_seconds: How long each window is, `[batch, windows]`; 0 where a sound has no more.
+
+    Returns:
+        `[batch, dim]`.
+    """
+    present = window_seconds > 0
+    padded = values.new_zeros(*present.shape, values.shape[-1])
+    padded[present] = values
+    weights = (window_seconds / window_seconds.sum(1, keepdim=True)).to(values.dtype)
+    return (weights[..., None] * padded).sum(1)
+
+
 @dataclass
 class VipAntOutput(ModelOutput):
     """What `VipAntModel` gives; what belongs to an absent input is None.
@@ -339,13 +356,8 @@ class VipAntModel(VipAntPreTrainedModel):
         if window_seconds is None:
             outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
             return embed(outputs, self.audio_projection, normalize)
-        present = window_seconds > 0
-        outputs = self.audio_model(input_features=input_features[present], return_dict=True, **kwargs)
-        windows = embed(outputs, self.audio_projection, normalize=True).pooler_output  # [windows of all, dim]
-        embeds = windows.new_zeros(*present.shape, windows.shape[-1])
-        embeds[present] = windows
-        weights = (window_seconds / window_seconds.sum(1, keepdim=True)).to(windows.dtype)
-        mean = (weights[..., None] * embeds).sum(1)
+        outputs = self.audio_model(input_features=input_features[window_seconds > 0], return_dict=True, **kwargs)
+        mean = average_windows(embed(outputs, self.audio_projection, normalize=True).pooler_output, window_seconds)
         outputs.pooler_output = F.normalize(mean, dim=-1) if normalize else mean
         return outputs
 
@@ -520,6 +532,7 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
         input_features: torch.Tensor,
         labels: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
+        window_seconds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """Scores each label.
@@ -530,6 +543,8 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
                 for mixtures (shares).
             input_features_mask: Accepted from the front end and not used: padding is silence to the tower, as it was
                 in training.
+            window_seconds: How long each window of a long sound is, `[batch, windows]`, with `input_features`
+                `[batch, windows, frames, bins]`; the scores of windows are averaged by their duration.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -540,8 +555,12 @@ class VipAntForAudioClassification(VipAntPreTrainedModel):
         """
         if unknown := kwargs.keys() - TransformersKwargs.__annotations__.keys():
             raise TypeError(f"VipAntForAudioClassification got unknown arguments: {', '.join(sorted(unknown))}")
+        if window_seconds is not None:
+            input_features = input_features[window_seconds > 0]
         outputs = self.audio_model(input_features=input_features, return_dict=True, **kwargs)
         logits = self.classifier(self.audio_projection(outputs.pooler_output))
+        if window_seconds is not None:
+            logits = average_windows(logits, window_seconds)
         loss = None
         if labels is not None:
             if self.config.problem_type == "multi_label_classification":

@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from modeling_dali.feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
-from modeling_vipant import VipAntModel, VipAntProcessor, vipant_feature_extractor
+from modeling_vipant import VipAntForAudioClassification, VipAntModel, VipAntProcessor, vipant_feature_extractor
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_processor, tiny_vipant
 
 
@@ -123,3 +123,18 @@ def test_long_sounds_are_heard_whole_and_windows_count_by_their_duration():
     torch.testing.assert_close(outputs.audio_embeds[1], mean, atol=1e-5, rtol=0)
     lists = processor(audio=sounds, sampling_rate=16_000)
     assert all(isinstance(value, list) for value in lists.values())
+
+
+def test_a_classifier_averages_the_scores_of_windows(tmp_path):
+    processor = tiny_processor()
+    tiny_vipant().save_pretrained(tmp_path)
+    model = VipAntForAudioClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    window = processor.feature_extractor.window_samples
+    long = sound(0, seconds=2.0)[: window + window // 2]
+    scores = model(**processor(audio=[long, sound(1)], sampling_rate=16_000, return_tensors="pt")).logits
+    pieces, _ = processor.feature_extractor.split(long)
+    parts, alone = (
+        model(**processor.feature_extractor(clips, sampling_rate=16_000)).logits for clips in (pieces, [sound(1)])
+    )
+    torch.testing.assert_close(scores[0], (2 * parts[0] + parts[1]) / 3, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores[1], alone[0], atol=1e-5, rtol=0)
