@@ -467,7 +467,7 @@ class Track:
             )
         if count > len(self._samples):
             # By an eighth more than needed: the buffer is moved rarely, and memory stays near what was decoded.
-            self._samples.resize(count + max(count // 8, 1 << 16), refcheck=False)
+            self._samples.resize(count + max(count // 8, 1 << 18), refcheck=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
