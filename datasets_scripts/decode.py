@@ -28,7 +28,7 @@ else:  # by its path: a module of `modeling_dali` brings torch and transformers,
     audio_io = module_from_spec(_spec)
     _spec.loader.exec_module(audio_io)
 
-ClipError = audio_io.ClipError
+ClipError, check_rate = audio_io.ClipError, audio_io.check_rate
 SAMPLING_RATE = 16_000
 MAX_VIDEO_BYTES = 512 << 20  # of compressed video in one clip
 SILENCE = 1e-4  # peak of full scale, about three steps of 16 bits

@@ -1,4 +1,4 @@
-"""From videos to shards: mono 16 kHz FLAC, evenly spaced JPEG frames and metadata.
+"""From videos to shards: mono FLAC (16 kHz by default), evenly spaced JPEG frames and metadata.
 
     python -m datasets_scripts.prepare videos/ --output prepared/
     python -m datasets_scripts.prepare balanced_train_segments.csv --videos videos/ --output s3://bucket/balanced
@@ -250,6 +250,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frame-size", type=int, default=Settings.frame_size, help="shorter side; 0: as it is")
     parser.add_argument("--jpeg-quality", type=int, default=Settings.jpeg_quality)
     parser.add_argument("--shard-size", type=int, default=Settings.shard_size, help="clips a shard")
+    parser.add_argument(
+        "--sampling-rate",
+        type=int,
+        default=Settings.sampling_rate,
+        help="in Hz (VIP-ANT: 44100); 0: as it is",
+    )
     parser.add_argument("--allow-short", action="store_true", help="take videos that end before their segment does")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the source folder")
     parser.add_argument("--refresh", action="store_true", help="make shards anew with failures or changed files")
@@ -265,7 +271,13 @@ def _prepare(options: argparse.Namespace) -> int:
     manifest = prepare(
         clips_of(options.source, options.videos, options.seconds or None, options.allow_short, options.follow_links),
         options.output,
-        Settings(options.frames, options.frame_size or None, options.jpeg_quality, options.shard_size),
+        Settings(
+            options.frames,
+            options.frame_size or None,
+            options.jpeg_quality,
+            options.shard_size,
+            options.sampling_rate or None,
+        ),
         Limits(options.timeout, options.memory << 20),
         options.workers,
         options.engine,

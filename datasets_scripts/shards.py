@@ -41,7 +41,7 @@ def prepared_features() -> "datasets.Features":
     return datasets.Features(
         {
             "id": datasets.Value("string"),
-            "audio": datasets.Audio(sampling_rate=16_000, decode=False),
+            "audio": datasets.Audio(decode=False),
             "frames": datasets.List(datasets.Image(decode=False)),
             "frame_times": datasets.List(datasets.Value("float32")),
             "labels": datasets.List(datasets.Value("string")),
@@ -243,7 +243,7 @@ task_categories:
 ---
 # Prepared clips
 
-{manifest["rows"]} of {manifest["clips"]} clips, {manifest["seconds"] / 3600:.2f} hours of sound (mono, 16 kHz, FLAC),
+{manifest["rows"]} of {manifest["clips"]} clips, {manifest["seconds"] / 3600:.2f} hours of sound (mono FLAC),
 {settings["frames"]} JPEG frames each, made by `python -m datasets_scripts.prepare`.
 
 Columns: `id`, `audio` (bytes), `frames` (list of bytes), `frame_times` (seconds from the clip's start), `labels`,

@@ -13,7 +13,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import av
@@ -56,7 +56,8 @@ _CONTAINERS = (
     "rm,swf,nut,mpegvideo,ivf"
 )
 _WITHOUT_LENGTH = {"mp3", "aac", "ac3", "amr"}  # bare frames in a row: their length is FFmpeg's estimate
-_BLOCK = 0.2  # seconds: more than any block of Vorbis
+_TO_THE_SAMPLE = {"ogg", "mov,mp4,m4a,3gp,3g2,mj2"}
+_BLOCK = 0.2  # seconds: more than any codec's block of samples
 _CONTIGUOUS = 0.01  # seconds: smaller steps between audio frames are rounding of timestamps, larger ones are gaps
 
 
@@ -211,8 +212,12 @@ def _read(source: Any, sampling_rate: int | None, target_rate: int | None) -> tu
     return _mono(_to_float32(source)), sampling_rate
 
 
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "ndim")  # torch's, without importing it
+
+
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "detach")  # torch's, without importing it
+    return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -221,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 def _to_float32(samples: Any) -> np.ndarray:
     """Samples as float32, integer PCM scaled to [-1, 1]."""
-    if hasattr(samples, "detach"):
+    if _is_tensor(samples):
         samples = samples.detach().cpu()
         samples = (samples.float() if samples.is_floating_point() else samples).numpy()
     try:
@@ -309,23 +314,9 @@ def open_media(source: Any) -> Iterator[Any]:
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "fflags": "+genpts"}
     try:
-        if isinstance(source, (bytes, bytearray)):
-            if not source:
-                raise ClipError("empty", "zero bytes")
-            with av.open(io.BytesIO(source), options=options) as container:
-                yield container
-        elif hasattr(source, "read"):
-            source.seek(0)
-            with av.open(source, options=options) as container:
-                yield container
-        elif isinstance(source, str) and ("://" in source or source.startswith("data:")):
-            import fsspec
-
-            with fsspec.open(source, "rb") as file, av.open(file, options=options) as container:
-                yield container
-        else:
-            with av.open(_regular_file(os.fspath(source)), options=options) as container:
-                yield container
+        with ExitStack() as stack:
+            file = _openable(source, stack)
+            yield stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
     except FileNotFoundError as error:
         raise ClipError("missing") from error
     except (av.error.DecoderNotFoundError, av.codec.codec.UnknownCodecError) as error:
@@ -336,13 +327,31 @@ def open_media(source: Any) -> Iterator[Any]:
         raise ClipError("damaged", getattr(error, "strerror", None) or str(error)) from error
 
 
-def _regular_file(path: str) -> str:
-    status = os.stat(path)  # noqa: PTH116  (a Path would be made for this alone)
+def _openable(source: Any, stack: ExitStack) -> Any:
+    """What FFmpeg gets to open: a file object, or an absolute path, in which it sees no protocol."""
+    if isinstance(source, (bytes, bytearray)):
+        if not source:
+            raise ClipError("empty", "zero bytes")
+        return io.BytesIO(source)
+    if isinstance(source, io.TextIOBase):
+        raise ClipError("damaged", "the file was opened as text: open it in mode 'rb'")
+    if hasattr(source, "read"):
+        source.seek(0)
+        return source
+    if isinstance(source, str) and ("://" in source or source.startswith("data:")):
+        import fsspec
+
+        try:
+            return stack.enter_context(fsspec.open(source, "rb"))
+        except (ImportError, ValueError) as error:  # a protocol that fsspec does not know, or not without a package
+            raise ClipError("missing", str(error)) from error
+    path = os.path.abspath(source)  # noqa: PTH100  (a Path would be made for this alone)
+    status = os.stat(path)  # noqa: PTH116
     if not stat.S_ISREG(status.st_mode):
         raise ClipError("not_a_file")
     if not status.st_size:
         raise ClipError("empty", "zero bytes")
-    return os.path.abspath(path)  # noqa: PTH100  (absolute, so that FFmpeg sees no protocol in its name)
+    return path
 
 
 def first_stream(streams: Sequence[Any], reason: str) -> Any:
@@ -402,13 +411,18 @@ class Track:
 
     def __init__(self, stream: Any, start: float, length: float = float("inf")):
         self.start, self.length = start, length
+        self._declared = float("inf")  # its end to the sample, where the container knows it
+        if stream.container.format.name in _TO_THE_SAMPLE and stream.duration:
+            self._declared = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start
+        self._rounding = _CONTIGUOUS
         self._first: int | None = None
-        if stream.codec_context.name == "vorbis" and stream.container.format.name == "ogg" and stream.duration:
-            # FFmpeg stamps files of a single page a block late, and cuts their end by as much. So it cuts nothing:
-            # the first block is a lead-in, the second begins the sound, and the last granule ends it.
+        if stream.codec_context.name == "vorbis" and stream.container.format.name == "ogg":
+            # FFmpeg's stamps are up to a block wrong here: after the first page, and throughout files of a single one,
+            # whose end it cuts by as much. So it cuts nothing: the first block is a lead-in, the second begins the
+            # sound, and the others follow it.
             stream.codec_context.flags2 |= av.codec.context.Flags2.skip_manual
+            self._rounding = _BLOCK
             self._first = stream.start_time
-            self.length = min(length, float((stream.start_time + stream.duration) * stream.time_base) - start)
         self.rate = 0
         self.end = 0.0  # of the sound so far, in seconds from the segment's start
         self._samples = np.zeros(0, np.float32)
@@ -437,8 +451,9 @@ class Track:
         self.end = max(self.end, min(offset / self.rate, self.length))
 
     def waveform(self) -> np.ndarray:
-        """The sound so far, float32 `[samples]`."""
-        self._reserve(total := round(self.end * self.rate))
+        """The sound so far, float32 `[samples]`, without what the encoder put behind it to fill its last block."""
+        end = self._declared if self._declared < self.end < self._declared + _BLOCK else self.end
+        self._reserve(total := round(end * self.rate))
         return self._samples[:total]
 
     def _offset(self, frame: av.AudioFrame) -> int:
@@ -446,7 +461,7 @@ class Track:
         if frame.pts is None:
             return self._cursor or 0
         offset = round((float(frame.pts * frame.time_base) - self.start) * self.rate)
-        if self._cursor is not None and abs(offset - self._cursor) <= _CONTIGUOUS * self.rate:
+        if self._cursor is not None and abs(offset - self._cursor) <= self._rounding * self.rate:
             return self._cursor
         return offset
 

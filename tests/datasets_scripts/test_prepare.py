@@ -352,7 +352,7 @@ def test_an_id_that_occurs_twice_is_refused(tmp_path):
         prepare(lambda: requests, tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("wrong", [{"frames": -1}, {"shard_size": 0}, {"frame_size": 3}])
+@pytest.mark.parametrize("wrong", [{"frames": -1}, {"shard_size": 0}, {"frame_size": 3}, {"sampling_rate": 16}])
 def test_senseless_settings(wrong):
     with pytest.raises(ValueError):
         Settings(**wrong)
