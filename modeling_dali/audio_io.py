@@ -2,7 +2,7 @@
 
 - `read_audio` takes a path, a URL, bytes, an open file, an array or a decoder; video files give their sound,
 - `read_batch` takes everything that a feature extractor or a processor may be called with,
-- `read_middle_frame` gives the picture in the middle of a video.
+- `read_image` and `read_middle_frame` give pictures, the latter out of the middle of a video.
 
 Files are decoded by FFmpeg, block by block. What a header says of the length is compared with what was decoded, and
 never decides how much memory is taken. Channels are mixed to their mean, in floating point.
@@ -19,14 +19,15 @@ from typing import Any
 import av
 import numpy as np
 import soxr
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_SECONDS = 3600.0
 MAX_SAMPLES = 1 << 27  # of one clip, a channel: 512 MiB
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz
 MAX_AMPLITUDE = 2.0**31  # full scale of the widest PCM; far above it, power spectra overflow
 MAX_CHANNELS = 32  # an array's axis that is longer than this holds samples, not channels
-MAX_PIXELS = 8192 * 8192  # of one coded frame
+MAX_PIXELS = 8192 * 8192  # of a picture, or of one coded frame
+MAX_SIDES = 100  # how much longer than the other a picture's side may be: processors scale the shorter one up
 TOLERANCE = 0.5  # seconds that a track may fall short of the length that is asked or declared: encoders round
 
 REASONS = {
@@ -487,6 +488,48 @@ class Track:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def read_image(source: Any) -> Image.Image:
+    """A picture, upright and in RGB.
+
+    Args:
+        source: A path, bytes, an open file, `{"bytes", "path"}` or a PIL image. Sixteen bits and floating point in
+            [0, 1] become eight bits.
+
+    Raises:
+        ClipError: If it cannot be read.
+    """
+    name = _name(source)
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ClipError("missing", "there is no picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = (
+                source
+                if isinstance(source, Image.Image)
+                else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            )
+        if max(image.size) > MAX_SIDES * min(image.size) or image.width * image.height > MAX_PIXELS:
+            raise ClipError("too_large", f"a picture of {image.width} x {image.height} pixels", name)
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            values = np.asarray(image, np.float64) / (1.0 if image.mode == "F" else 65535.0)
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise ClipError("bad_samples", f"grey values from {values.min():.3g} to {values.max():.3g}", name)
+            image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        return image.convert("RGB")
+    except ClipError:
+        raise
+    except FileNotFoundError as error:
+        raise ClipError("missing", source=name) from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError) as error:
+        raise ClipError("too_large", source=name) from error
+    except Exception as error:  # Pillow's decoders raise errors of every kind for broken files
+        raise ClipError("damaged", str(error), name) from error
 
 
 def read_middle_frame(source: Any) -> Image.Image:

@@ -186,9 +186,9 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
         """The sounds of a processor's call as a list, unread: the call itself reads them, at their own rates."""
         return list_sounds(audio)
 
-    def read(self, audio: Any, sampling_rate: int | None = None) -> np.ndarray:
-        """One clip in any form that [`read_audio`] takes, as a mono waveform [samples] at the extractor's rate."""
-        return read_batch([audio], sampling_rate, self.sampling_rate)[0]
+    def read(self, audio: list, sampling_rate: int | Sequence[int] | None = None) -> list[np.ndarray]:
+        """Clips in any form that [`read_audio`] takes, as mono waveforms [samples] at the extractor's rate."""
+        return read_batch(audio, sampling_rate, self.sampling_rate)
 
     def split(self, clip: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
         """
@@ -244,7 +244,7 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
         """
         chosen = self.crop if crop is None else crop
         self._check_crop(chosen)
-        clips = [torch.from_numpy(clip) for clip in read_batch(audio, sampling_rate, self.sampling_rate)]
+        clips = [torch.from_numpy(clip) for clip in self.read(audio, sampling_rate)]
         length = self.crop_samples if max_length is None else min(max_length, self.crop_samples)
         clips = [self._fit(clip, f"Clip {i}", length, chosen, truncation) for i, clip in enumerate(clips)]
         counts = torch.tensor([(len(clip) - self.frame_samples) // self.hop_samples + 1 for clip in clips])

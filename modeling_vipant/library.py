@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+from modeling_dali.audio_io import read_image
 from modeling_vipant import VipAntModel, VipAntProcessor
 
 SOUND_SUFFIXES = frozenset(
@@ -84,7 +84,7 @@ class Embedder:
             ValueError, OSError: If the file cannot be read.
         """
         extractor = self.processor.feature_extractor
-        windows, seconds = extractor.split(extractor.read(path))
+        windows, seconds = extractor.split(extractor.read([path])[0])
         features = extractor(windows, sampling_rate=extractor.sampling_rate, return_tensors="pt")
         return {"input_features": features["input_features"], "window_seconds": torch.tensor(seconds)}
 
@@ -114,9 +114,8 @@ class Embedder:
 
     @torch.inference_mode()
     def image(self, path: Path) -> torch.Tensor:
-        """`[1, dim]`; raises OSError if the file is no picture."""
-        with Image.open(path) as picture:
-            inputs = self.processor(images=[picture.convert("RGB")], return_tensors="pt").to(self.model.device)
+        """`[1, dim]`; raises ValueError if the file is no picture."""
+        inputs = self.processor(images=[read_image(path)], return_tensors="pt").to(self.model.device)
         return self.model.get_image_features(**inputs).pooler_output.float().cpu()
 
 

@@ -19,4 +19,4 @@ class VipAntZeroShotPipeline(ZeroShotAudioClassificationPipeline):
 
     def preprocess(self, audio: Any, **kwargs) -> dict[str, Any]:
         """Reads one sound and prepares it with the texts of its candidate labels."""
-        return super().preprocess(self.feature_extractor.read(audio), **kwargs)
+        return super().preprocess(self.feature_extractor.read([audio])[0], **kwargs)

@@ -59,8 +59,7 @@ class VipAntProcessor(ProcessorMixin):
         if any(kwargs.get(name) is not None for name in ("crop", "truncation", "max_length")):  # a part is asked for
             return super()._process_audio(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
         extractor = self.feature_extractor
-        rates = sampling_rate if isinstance(sampling_rate, Sequence) else [sampling_rate] * len(audio)
-        clips = [extractor.split(extractor.read(sound, rate)) for sound, rate in zip(audio, rates, strict=True)]
+        clips = [extractor.split(clip) for clip in extractor.read(audio, sampling_rate)]
         features = extractor(
             [window for windows, _ in clips for window in windows],
             sampling_rate=extractor.sampling_rate,

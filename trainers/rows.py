@@ -5,7 +5,6 @@ Columns: `id`, `audio` (path, bytes or `{"path", "bytes"}`), `image` or `frames`
 is the same whichever worker, process or resumed run draws it.
 """
 
-import io
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -75,13 +74,6 @@ def without_decoding(rows):
     return rows
 
 
-def _payload(value):
-    """A path or bytes out of a cell."""
-    if isinstance(value, dict):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    return io.BytesIO(value) if isinstance(value, bytes) else value
-
-
 def read_audio(value, sampling_rate: int) -> np.ndarray:
     """
     Mono sound of a row.
@@ -100,11 +92,10 @@ def read_audio(value, sampling_rate: int) -> np.ndarray:
 
 
 def read_image(value) -> Image.Image:
-    """Picture of a row: a PIL image, a path, bytes or `{"path", "bytes"}`."""
+    """Picture of a row, upright and in RGB: a PIL image, a path, bytes or `{"path", "bytes"}`."""
     if value is None:
         raise UnreadableSampleError("the row has no picture")
-    image = value if isinstance(value, Image.Image) else Image.open(_payload(value))
-    return image.convert("RGB")
+    return audio_io.read_image(value)
 
 
 def sample_rng(seed: int, row: dict) -> np.random.Generator | None:

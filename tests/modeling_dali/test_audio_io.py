@@ -20,6 +20,7 @@ import soxr
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from modeling_dali import audio_io
 from modeling_dali.audio_io import (
@@ -29,6 +30,7 @@ from modeling_dali.audio_io import (
     mix,
     read_audio,
     read_batch,
+    read_image,
     read_middle_frame,
     split_batch,
 )
@@ -488,3 +490,68 @@ def test_no_picture(tmp_path):
         with pytest.raises(ClipError) as error:
             read_middle_frame(path)
         assert error.value.reason == reason and str(path) in str(error.value)
+
+
+def picture_bytes(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_from_every_source(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    data = picture_bytes(Image.fromarray(pixels))
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (
+        data,
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        io.BytesIO(data),
+        {"bytes": data, "path": None},
+        {"path": str(tmp_path / "a.png")},
+        Image.fromarray(pixels),
+    ):
+        image = read_image(source)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_pictures_are_upright():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    turned = np.asarray(read_image(picture_bytes(image, exif=exif)))
+    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize(
+    ("values", "format"),
+    [
+        (np.linspace(0, 65535, 256).astype(np.uint16), "PNG"),
+        (np.linspace(0, 65535, 256).astype(np.uint16), "TIFF"),
+        (np.linspace(0, 1, 256).astype(np.float32), "TIFF"),
+    ],
+)
+def test_deep_grey_keeps_its_range(values, format):
+    image = read_image(picture_bytes(Image.fromarray(values.reshape(16, 16)), format))
+    np.testing.assert_array_equal(np.asarray(image)[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "missing"),
+        ("none.png", "missing"),
+        (b"no picture", "damaged"),
+        (picture_bytes(Image.new("RGB", (64, 64)))[:60], "damaged"),
+        (picture_bytes(Image.new("L", (1, 60_000))), "too_large"),
+        (picture_bytes(Image.new("1", (20_000, 20_000))), "too_large"),
+        (picture_bytes(Image.fromarray(np.full((8, 8), 300.0, np.float32)), "TIFF"), "bad_samples"),
+    ],
+)
+def test_unreadable_pictures(source, reason):
+    with pytest.raises(ClipError) as error:
+        read_image(source)
+    assert error.value.reason == reason

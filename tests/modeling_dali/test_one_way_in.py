@@ -16,7 +16,7 @@ from modeling_vipant.library import Embedder
 from tests.tiny import tiny_dali
 from tests.tiny_vipant import tiny_processor, tiny_vipant
 from trainers.dali.data_collator import AlignmentCollator, DaliDataCollator
-from trainers.vipant.dataset import ClipDataset
+from trainers.vipant.data_collator import ClipCollator
 
 RATE = 16_000
 RATES = [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000]
@@ -114,20 +114,16 @@ def test_vipant(rate, channels, tmp_path):
     data, floats = path.read_bytes(), (pcm / 32768).astype(np.float32)
     expected = extractor(soxr.resample(floats.mean(1), rate, RATE), RATE)["input_features"]
     for source in (str(path), path, data, {"path": str(path)}, {"array": floats.T, "sampling_rate": rate}):
-        assert torch.equal(processor(audio=source)["input_features"], expected)
-        assert torch.equal(processor(audio=[source], sampling_rate=rate)["input_features"], expected)
-    assert torch.equal(processor(audio=floats.T, sampling_rate=rate)["input_features"], expected)
+        assert torch.equal(processor(audio=source, return_tensors="pt")["input_features"], expected)
+        assert torch.equal(
+            processor(audio=[source], sampling_rate=rate, return_tensors="pt")["input_features"], expected
+        )
+    assert torch.equal(processor(audio=floats.T, sampling_rate=rate, return_tensors="pt")["input_features"], expected)
 
-    rows = _rows([{"path": str(path), "bytes": None}])
-    assert torch.equal(ClipDataset(rows, processor, ["audio"], training=False)[0]["input_features"], expected[0])
+    row = {"id": "a", "audio": {"path": str(path), "bytes": None}}
+    assert torch.equal(ClipCollator(processor, ["audio"])([row])["input_features"], expected)
     embedder = Embedder(tiny_vipant(), processor, "tiny")
-    assert torch.equal(embedder.windows(path)[0], expected)
-
-
-def _rows(sounds):
-    import datasets
-
-    return datasets.Dataset.from_list([{"id": str(i), "audio": sound} for i, sound in enumerate(sounds)])
+    assert torch.equal(embedder.windows(path)["input_features"], expected)
 
 
 @pytest.mark.parametrize("keep", [RATE, None])
