@@ -216,7 +216,8 @@ def test_logit_scales_start_anew(tmp_path, fresh):
 @pytest.mark.parametrize("pair", ["audio-image", "audio-text"])
 def test_a_result_gives_both_of_sounds_pairs_the_trained_scale(tmp_path, pair):
     model = tiny_vipant()
-    trainer = ContrastiveTrainer(model, ContrastiveConfig(output_dir=str(tmp_path), use_cpu=True, pairs=[pair]))
+    config = ContrastiveConfig(output_dir=str(tmp_path), use_cpu=True, pairs=[pair])
+    trainer = ContrastiveTrainer(model, config, tiny_processor())
     model.get_parameter(SCALES[pair]).data.fill_(3.25)
     trainer.save_model(tmp_path / "result")
     found = VipAntModel.from_pretrained(tmp_path / "result")
