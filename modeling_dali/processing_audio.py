@@ -250,6 +250,7 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
         groups = self.valid_processor_kwargs.__annotations__
         known = {name: set(group.__annotations__) for name, group in groups.items() if name.endswith("_kwargs")}
         known["images_kwargs"] |= set(self.image_processor.valid_kwargs.__annotations__)
+        # Keywords for videos are let through, as transformers does: there is no video for them to act on.
         flat = set(groups) | {"common_kwargs", "videos"} | set().union(*known.values())
         unknown = [name for name in set(kwargs) - flat if kwargs[name] is not None]
         for group in known:
