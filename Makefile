@@ -18,9 +18,13 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
+# The class of the captioner: llava or gemma3.
+CAPTIONER ?= llava
+DEMO := runs/demo$(if $(filter-out llava,$(CAPTIONER)),-$(CAPTIONER))
+
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.demo
-	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model runs/demo/model $(or $(strip $(FILES)),runs/demo/samples/*.wav)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.demo --captioner $(CAPTIONER) --output $(DEMO)
+	HF_HUB_OFFLINE=1 $(BIN)/dali caption --model $(DEMO)/model $(or $(strip $(FILES)),$(DEMO)/samples/*.wav)
 
 demo-vipant: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.sounding_world.demo_vipant

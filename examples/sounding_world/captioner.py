@@ -1,4 +1,4 @@
-"""A small LLaVA from nothing: a captioner for worlds as small as the sounding one, where no pretrained one can be had.
+"""A small LLaVA or Gemma 3 from nothing, for worlds as small as the sounding one, where no pretrained one can be had.
 
     python -m examples.sounding_world.captioner examples/sounding_world/recipes/captioner.yaml [--field value ...]
 
@@ -13,7 +13,9 @@ not say that there is none.
 
 Two things prepare the language model for audio tokens, which are more than those of a picture, in another order, and
 never quite the same: half of the batches repeat their image tokens, shuffled, up to `most_tokens` times; and there is
-noise on them, which also leaves the tower little room for what no caption tells, such as the colour of the sky.
+noise on them, which also leaves the tower little room for what no caption tells, such as the colour of the sky. Where
+the captioner reads pictures in a way of its own (Gemma 3 attends to all of one at once), repeated tokens stand in the
+place of `<audio>` placeholders, where it reads as it will read sound.
 """
 
 import re
@@ -21,6 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -28,19 +31,30 @@ from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SiglipVisionConfig,
 )
 from transformers.hf_argparser import HfArg
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
+from modeling_dali.ear_dali import fill_placeholders
 from modeling_dali.processing_audio import IGNORED, QUESTION
+from modeling_dali.processing_dali_captioner import image_placeholder
 from trainers.recipes import load_rows
 from trainers.rows import SkippedSamples, UnreadableSampleError, pick, read_image, sample_rng
 from trainers.stage import StageArguments, StageTrainer, run_stage
 
+GEMMA_SPECIALS = {"boi_token": "<boi>", "eoi_token": "<eoi>"}  # around the tokens of a picture
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<audio>", "<prefix>")
 PROMPT = "USER: <image>\n{} ASSISTANT:"  # as the chat template renders it
 
@@ -66,6 +80,7 @@ class CaptionerConfig(StageArguments):
     """Settings of the captioner. The data set has `image`, `question` and `captions`."""
 
     # Model
+    captioner: Literal["llava", "gemma3"] = HfArg(default="llava", help="Class of the captioner.")
     image_size: int = HfArg(default=48, help="Side of the pictures in pixels.")
     patch_size: int = HfArg(default=8, help="Side of the patches in pixels; divides image_size.")
     hidden_size: int = HfArg(default=128, help="Width of the image tower and the language model.")
@@ -89,15 +104,19 @@ class CaptionerConfig(StageArguments):
     save_total_limit: int | None = 2
 
 
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: Iterable[str], specials: Mapping[str, str] = {}) -> PreTrainedTokenizerFast:
     """
     A tokenizer of whole words in lower case, without punctuation.
 
     Args:
         texts: Whatever the captioner shall read and write.
+        specials: Further special tokens, by their names.
     """
     words = {word for text in (*texts, PROMPT, QUESTION) for word in re.findall(r"\w+", text.lower())}
-    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words - {"image", "audio", "prefix"})])}
+    vocabulary = {
+        word: index
+        for index, word in enumerate([*SPECIALS, *specials.values(), *sorted(words - {"image", "audio", "prefix"})])
+    }
     for word in ("image", "audio", "prefix"):  # also the names of placeholders
         vocabulary.setdefault(word, len(vocabulary))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -112,20 +131,89 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>", "audio_token": "<audio>", "prefix_token": "<prefix>"},
+        extra_special_tokens={
+            "image_token": "<image>",
+            "audio_token": "<audio>",
+            "prefix_token": "<prefix>",
+            **specials,
+        },
     )
 
 
-def new_captioner(
-    config: CaptionerConfig, texts: Iterable[str]
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def new_captioner(config: CaptionerConfig, texts: Iterable[str]) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    An untrained LLaVA and its processor.
+    An untrained captioner and its processor.
 
     Args:
-        config: Sizes.
+        config: Class and sizes.
         texts: Questions and captions, for the vocabulary.
     """
+    return new_llava(config, texts) if config.captioner == "llava" else new_gemma3(config, texts)
+
+
+def new_gemma3(
+    config: CaptionerConfig, texts: Iterable[str]
+) -> tuple[Gemma3ForConditionalGeneration, Gemma3Processor]:
+    """An untrained Gemma 3 with SigLIP's image tower, and its processor."""
+    tokenizer = word_tokenizer(texts, GEMMA_SPECIALS)
+    width, tokens = config.hidden_size, (config.image_size // config.patch_size) ** 2
+    sizes: dict[str, Any] = {"hidden_size": width, "num_attention_heads": config.num_heads}
+    sizes["initializer_range"] = width**-0.5  # as in `new_llava`
+    vision = SiglipVisionConfig(
+        **sizes,
+        intermediate_size=4 * width,
+        num_hidden_layers=config.vision_layers,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+    )
+    text = Gemma3TextConfig(
+        **sizes,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=config.text_layers,
+        num_key_value_heads=config.num_heads,
+        head_dim=width // config.num_heads,
+        query_pre_attn_scalar=width // config.num_heads,
+        sliding_window=512,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    boi, eoi, image = tokenizer.convert_tokens_to_ids([*GEMMA_SPECIALS.values(), "<image>"])
+    torch.manual_seed(config.seed)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=vision,
+            text_config=text,
+            mm_tokens_per_image=tokens,
+            boi_token_index=boi,
+            eoi_token_index=eoi,
+            image_token_index=image,
+        )
+    )
+    with torch.no_grad():  # the library starts it at zero, from which no picture would be seen for long
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=width**-0.5)
+    set_generation(model, tokenizer)
+    image_processor = Gemma3ImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
+    template = CHAT_TEMPLATE.replace(
+        "{% else %}<{{ item['type'] }}>", "{% elif item['type'] == 'image' %}<boi>{% else %}<{{ item['type'] }}>"
+    )
+    return model, Gemma3Processor(image_processor, tokenizer, image_seq_length=tokens, chat_template=template)
+
+
+def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tells a captioner where its captions end."""
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=32,
+    )
+
+
+def new_llava(config: CaptionerConfig, texts: Iterable[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """An untrained LLaVA with CLIP's image tower, and its processor."""
     tokenizer = word_tokenizer(texts)
     width = config.hidden_size
     sizes: dict[str, float] = {
@@ -157,12 +245,7 @@ def new_captioner(
             vision_feature_layer=-1,  # no layer is to spare
         )
     )
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=32,
-    )
+    set_generation(model, tokenizer)
     side = {"height": config.image_size, "width": config.image_size}
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size=side, do_center_crop=False),
@@ -198,6 +281,12 @@ class CaptionerCollator:
         answers: Mapping[str, Iterable[str]],
     ):
         self.processor, self.image_tokens, self.seed = processor, image_tokens, seed
+        tokenizer = processor.tokenizer
+        image, audio = tokenizer.convert_tokens_to_ids(["<image>", "<audio>"])
+        self.is_llava = image_placeholder(processor) == "<image>"
+        around = [] if self.is_llava else tokenizer.convert_tokens_to_ids(list(GEMMA_SPECIALS.values()))
+        self.picture = [*around[:1], *[image] * image_tokens, *around[1:]]
+        self.repeated = image if self.is_llava else audio
         self.most_tokens = most_tokens
         self.skips = SkippedSamples(0.0)  # a world that is made on the spot has no damaged pictures
         self.word_ids: dict[str, list[int]] = {}
@@ -229,7 +318,8 @@ class CaptionerCollator:
         tokenizer = self.processor.tokenizer
         pictures, prompts, answers = [], [], []
         words = torch.full((len(rows), len(tokenizer)), torch.nan)
-        image = [tokenizer.convert_tokens_to_ids("<image>")] * self.count_placeholders(rows[0])
+        count = self.count_placeholders(rows[0])
+        image = self.picture if count == self.image_tokens else [self.repeated] * count
         for index, row in enumerate(rows):
             if not row["captions"]:
                 raise UnreadableSampleError(f"The picture {row.get('id', index)} has no caption.")
@@ -248,41 +338,67 @@ class CaptionerCollator:
             labels[index, length - len(answer) :] = torch.tensor(answer)
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         mask = (ids != tokenizer.pad_token_id).long()
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels, "words": words}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels, "words": words}
+        if not self.is_llava:
+            batch["token_type_ids"] = (ids == self.picture[1]).long()
+        return batch
 
 
 class CaptionerModel(nn.Module):
     """
-    A LLaVA, and a layer by which its image tokens name words; the layer is needed in training only.
+    A captioner, and a layer by which its image tokens name words; the layer is needed in training only.
 
     Args:
-        llava: The captioner.
+        llava: The captioner: a LLaVA, whose image tokens are disturbed before the projector, or another, behind it.
         words_weight: Weight of the words' loss.
         token_noise: Noise on the image tokens in training, in standard deviations of theirs.
     """
 
-    def __init__(self, llava: LlavaForConditionalGeneration, words_weight: float, token_noise: float):
+    def __init__(self, llava: PreTrainedModel, words_weight: float, token_noise: float):
         super().__init__()
         self.llava, self.words_weight, self.token_noise = llava, words_weight, token_noise
         self._no_split_modules = llava._no_split_modules  # for sharded training
         self.words = nn.Linear(llava.config.text_config.hidden_size, llava.config.text_config.vocab_size)
         nn.init.constant_(self.words.bias, RARE)
+        self.audio_token = SPECIALS.index("<audio>")
 
     def forward(self, words: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
         """`loss`: caption loss and, by its weight, that of the words [B, vocabulary]."""
         count = int((inputs["input_ids"][0] == self.llava.config.image_token_index).sum())
-        model = self.llava.model
-        features = model.vision_tower(inputs.pop("pixel_values"), return_dict=True)
-        patches = features.last_hidden_state[:, 1:]  # what LLaVA takes: the last layer without its class token
-        image = model.multi_modal_projector(self.disturb(patches, count))  # [B, tokens, width]
-        features.pooler_output = list(image)
-        outputs = self.llava(**inputs, mm_encoder_outputs={"image": features})
+        model, pixels = self.llava.model, inputs.pop("pixel_values")
+        if isinstance(self.llava, LlavaForConditionalGeneration):
+            features = model.vision_tower(pixels, return_dict=True)
+            patches = features.last_hidden_state[:, 1:]  # what LLaVA takes: the last layer without its class token
+            image = model.multi_modal_projector(self.disturb(patches, count))  # [B, tokens, width]
+            features.pooler_output = list(image)
+        else:
+            features = self.llava.get_image_features(pixels, return_dict=True)
+            image = features.pooler_output = self.disturb(features.pooler_output, count or self.count_slots(inputs))
+        if count:
+            outputs = self.llava(**inputs, mm_encoder_outputs={"image": features})
+        else:
+            outputs = self.read_as_sound(image, **inputs)
         names = self.words(image)  # [B, tokens, vocabulary]
         strongest = names.logsumexp(1) - torch.tensor(image.shape[1]).log()
         told = ~words.isnan()
         named = nn.functional.binary_cross_entropy_with_logits(strongest[told], words[told], reduction="sum")
         named = named / words.numel()
         return {"loss": outputs.loss + self.words_weight * named}
+
+    def count_slots(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Placeholders for sound in each row."""
+        return int((inputs["input_ids"][0] == self.audio_token).sum())
+
+    def read_as_sound(self, image: torch.Tensor, input_ids: torch.Tensor, **inputs) -> Any:
+        """The captioner's outputs with image tokens [B, m, width] in the place of `<audio>` placeholders."""
+        mask = input_ids == self.audio_token
+        hook = self.llava.get_input_embeddings().register_forward_hook(
+            lambda _, given, words: fill_placeholders("audio", image.flatten(0, 1), mask, words)
+        )
+        try:
+            return self.llava(input_ids=input_ids, **inputs)
+        finally:
+            hook.remove()
 
     def disturb(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
         """In training: image tokens [B, m, width] as `count` of them, shuffled if that is not m, and with noise."""
@@ -301,7 +417,7 @@ class CaptionerTrainer(StageTrainer):
     Trains all of a captioner.
 
     Args:
-        model: An untrained LLaVA.
+        model: An untrained captioner.
         args: Settings.
         processor: Its processor.
         train_dataset: Rows with `image`, `question` and `captions`.
@@ -310,16 +426,15 @@ class CaptionerTrainer(StageTrainer):
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         args: CaptionerConfig,
-        processor: LlavaProcessor,
+        processor: ProcessorMixin,
         train_dataset,
         **kwargs,
     ):
         torch.manual_seed(args.seed)
-        collator = CaptionerCollator(
-            processor, model.config.image_seq_length, args.most_tokens, args.seed, answers_of(train_dataset)
-        )
+        tokens = (args.image_size // args.patch_size) ** 2
+        collator = CaptionerCollator(processor, tokens, args.most_tokens, args.seed, answers_of(train_dataset))
         wrapper = CaptionerModel(model, args.words_weight, args.token_noise)
         if args.ddp_find_unused_parameters is None:  # CLIP's last norm is behind the tokens that LLaVA takes
             args.ddp_find_unused_parameters = True
@@ -327,7 +442,7 @@ class CaptionerTrainer(StageTrainer):
         self.model_accepts_loss_kwargs = False
 
     def save_result(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Writes the LLaVA and its processor."""
+        """Writes the captioner and its processor."""
         if state_dict is not None:
             state_dict = {n.removeprefix("llava."): t for n, t in state_dict.items() if n.startswith("llava.")}
         self.accelerator.unwrap_model(self.model).llava.save_pretrained(folder, state_dict=state_dict)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -41,7 +41,8 @@ from examples.sounding_world.listener import new_listener
 from examples.sounding_world.report import write_report
 from examples.sounding_world.runner import Relay, Runner
 from examples.sounding_world.samples import write_samples
-from modeling_dali import DaliForConditionalGeneration, DaliProcessor
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import AudioCaptionProcessorMixin
 from trainers.dali.alignment import LOSSES, AlignmentConfig, AlignmentTrainer
 from trainers.dali.distillation import DistillationConfig, DistillationTrainer, join_captions
 from trainers.dali.evaluate import table
@@ -49,7 +50,7 @@ from trainers.dali.prefix_tuning import PrefixTuningConfig, PrefixTuningTrainer
 from trainers.dali.pseudo_captions import PseudoCaptionConfig, write_pseudo_captions
 from trainers.processes import run_in_processes
 from trainers.progress import Stage
-from trainers.recipes import load_model, parse_recipe, run_recipe
+from trainers.recipes import load_model, parse_recipe, run_recipe, save_model
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -60,6 +61,9 @@ class DemoConfig:
 
     output: str = HfArg(default="runs/demo", help="Folder of everything it makes.")
     recipes: str = HfArg(default=str(RECIPES), help="Folder of the stages' recipes.")
+    captioner: Literal["llava", "gemma3"] = HfArg(
+        default="llava", help="Class of the captioner; another than llava hears as a captioner of any class does."
+    )
     seed: int = HfArg(default=0, help="Of the world, the weights and the order of the data.")
     processes: int = HfArg(
         default=2, help="That make the world, and share the training of the audio encoder where there is no GPU."
@@ -109,7 +113,7 @@ class Demo(Runner):
         """A split of this run's world."""
         return datasets.load_from_disk(str(self.output / "world" / (split if variant == "standard" else variant)))
 
-    def model(self, folder: str, prefix: bool = False) -> tuple[DaliForConditionalGeneration, DaliProcessor]:
+    def model(self, folder: str, prefix: bool = False) -> tuple[DaliMixin, AudioCaptionProcessorMixin]:
         """A model of an earlier stage, with the prefix of stage 1a or as it was saved."""
         model, processor = load_model(str(self.output / folder), seed=self.config.seed)
         if prefix:
@@ -142,8 +146,9 @@ class Demo(Runner):
         write_samples(self.rows("test"), self.output / "samples")
 
     def captioner(self) -> None:
-        """Trains the LLaVA, and gives it an untrained ear: `untrained`."""
-        config = self.settings(CaptionerConfig, "captioner", "captioner", image_size=self.config.image_size)
+        """Trains the captioner, and gives it an untrained ear: `untrained`."""
+        given = {"image_size": self.config.image_size, "captioner": self.config.captioner}
+        config = self.settings(CaptionerConfig, "captioner", "captioner", **given)
         rows = self.rows("captions")
         model, processor = new_captioner(config, [*texts_of(rows), *vocabulary()])
         self.train(CaptionerTrainer(model, config, processor, rows))
@@ -151,8 +156,9 @@ class Demo(Runner):
 
     def listener(self, seed: int, folder: str) -> None:
         """A DALI model out of the captioner, with an audio encoder of random weights."""
-        for part in new_listener(self.config, self.output / "captioner", seed):
-            part.save_pretrained(self.output / folder)
+        model, processor = new_listener(self.config, self.output / "captioner", seed)
+        save_model(model, self.output / folder)
+        processor.save_pretrained(self.output / folder)
 
     def prefix_tuning(self) -> None:
         """Stage 1a."""

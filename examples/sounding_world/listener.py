@@ -5,15 +5,24 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from modeling_dali import DaliAudioConfig, DaliForConditionalGeneration, DaliProcessor, KaldiFbankFeatureExtractor
+from modeling_dali import (
+    DaliAudioConfig,
+    DaliCaptionerProcessor,
+    DaliForConditionalGeneration,
+    DaliForImageTextToText,
+    DaliProcessor,
+    KaldiFbankFeatureExtractor,
+)
+from modeling_dali.modeling_dali_utils import DaliMixin
+from modeling_dali.processing_audio import AudioCaptionProcessorMixin
 
 
-def new_listener(config, source: Path, seed: int) -> tuple[DaliForConditionalGeneration, DaliProcessor]:
+def new_listener(config, source: Path, seed: int) -> tuple[DaliMixin, AudioCaptionProcessorMixin]:
     """
     A captioner with an untrained ear.
 
     Args:
-        config (`DemoConfig`): Sizes of the audio encoder and length of the sounds.
+        config (`DemoConfig`): Class of the captioner, sizes of the audio encoder and length of the sounds.
         source (`Path`): Folder of the captioner.
         seed (`int`): Of the weights.
     """
@@ -30,16 +39,15 @@ def new_listener(config, source: Path, seed: int) -> tuple[DaliForConditionalGen
         num_attention_heads=config.audio_heads,
         initializer_range=config.audio_width**-0.5,
     )
-    llava = LlavaForConditionalGeneration.from_pretrained(source)
-    llava_processor = AutoProcessor.from_pretrained(source)
-    model = DaliForConditionalGeneration.from_llava(llava, audio_config=audio, tokenizer=llava_processor.tokenizer)
-    model.config.base_model = None  # a folder of this machine
+    own = AutoProcessor.from_pretrained(source)
+    if config.captioner == "llava":
+        llava = LlavaForConditionalGeneration.from_pretrained(source)
+        model = DaliForConditionalGeneration.from_llava(llava, audio_config=audio, tokenizer=own.tokenizer)
+        model.config.base_model = None  # a folder of this machine
+        parts = own.image_processor, own.tokenizer, extractor, own.chat_template
+        processor = DaliProcessor.for_model(model.config, *parts)
+    else:  # what is written from now on is the ear alone, which finds the captioner in its folder
+        model = DaliForImageTextToText.from_captioner(str(source), audio_config=audio, tokenizer=own.tokenizer)
+        processor = DaliCaptionerProcessor.for_model(model.config, own, extractor)
     model.generation_config.max_new_tokens = 32
-    processor = DaliProcessor.for_model(
-        model.config,
-        llava_processor.image_processor,
-        llava_processor.tokenizer,
-        extractor,
-        llava_processor.chat_template,
-    )
     return model, processor

@@ -69,6 +69,18 @@ def test_writes_what_it_promises(finished):
     assert {figure["what"] for figure in results["must_hold"]} and all("met" in f for f in results["must_hold"])
 
 
+def test_another_captioner_goes_through_all_stages(tmp_path):
+    config = replace(tiny_config(tmp_path), captioner="gemma3")
+    results, output = run(config), Path(config.output)
+    assert set(results["variants"]) >= {"after distillation", "supervised twin"}
+    (same,) = (figure for figure in results["must_hold"] if "image" in figure["what"] and "same" in figure["what"])
+    assert same["met"]
+    for folder in ("untrained", "aligned", "model"):  # ears: the captioner stays where it is
+        assert (output / folder / "ear.safetensors").exists() and not (output / folder / "model.safetensors").exists()
+    model = AutoModel.from_pretrained(output / "model")
+    assert model.config.captioner_config.model_type == "gemma3" and model.captioner_is_stock
+
+
 def test_the_model_loads_and_captions(finished, capsys):
     config, _ = finished
     model = AutoModel.from_pretrained(f"{config.output}/model", trust_remote_code=True)
