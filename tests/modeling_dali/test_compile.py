@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import StaticCache
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from tests.modeling_dali.test_modeling_dali import prepare
 from tests.tiny import tiny_dali
@@ -53,3 +54,14 @@ def test_export(modality, trim):
         program = torch.export.export(model, (), inputs | {"use_cache": False})
         logits = program.module()(**inputs, use_cache=False).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_transformers_exporter():
+    """With every axis left open, and in the parts that generation needs."""
+    model, inputs, expected = traced("audio_image")
+    exporter = DynamoExporter()
+    with torch.no_grad():
+        exported = exporter.export(model, inputs, config=DynamoConfig(dynamic=True))
+        torch.testing.assert_close(exported(**inputs).logits, expected, atol=1e-5, rtol=0)
+        parts = exporter.export_for_generation(model, inputs, config=DynamoConfig(dynamic=False))
+    assert {"language_model", "lm_head", "decode"} <= set(parts.components)
