@@ -57,7 +57,7 @@ _CONTAINERS = (
     "rm,swf,nut,mpegvideo,ivf"
 )
 _WITHOUT_LENGTH = {"mp3", "aac", "ac3", "amr"}  # bare frames in a row: their length is FFmpeg's estimate
-_TO_THE_SAMPLE = {"ogg", "mov,mp4,m4a,3gp,3g2,mj2"}
+_TO_THE_SAMPLE = {"ogg", "mov,mp4,m4a,3gp,3g2,mj2"}  # containers that tell where their sound ends to the sample
 _BLOCK = 0.2  # seconds: more than any codec's block of samples
 _CONTIGUOUS = 0.01  # seconds: smaller steps between audio frames are rounding of timestamps, larger ones are gaps
 
@@ -508,11 +508,9 @@ def read_image(source: Any) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = (
-                source
-                if isinstance(source, Image.Image)
-                else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            )
+            if isinstance(source, (bytes, bytearray)):
+                source = io.BytesIO(source)
+            image = source if isinstance(source, Image.Image) else Image.open(source)
         if max(image.size) > MAX_SIDES * min(image.size) or image.width * image.height > MAX_PIXELS:
             raise ClipError("too_large", f"a picture of {image.width} x {image.height} pixels", name)
         image = ImageOps.exif_transpose(image)

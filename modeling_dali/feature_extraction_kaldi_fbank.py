@@ -87,7 +87,7 @@ class KaldiFbankFeatureExtractor(SequenceFeatureExtractor):
     """
     Turns sound into normalised log-mel features of a fixed number of frames.
 
-    The default numbers are those of DALI and CAV-MAE; VIP-ANT's stand in `modeling_vipant/processing_vipant.py`.
+    The default numbers are those of DALI and CAV-MAE; VIP-ANT's are in `modeling_vipant/feature_extraction_vipant.py`.
 
     Args:
         feature_size (`int`, *optional*, defaults to 128): Number of mel bins.
