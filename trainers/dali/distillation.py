@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from modeling_dali.modeling_dali_utils import DaliMixin
-from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
+from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.dali.pseudo_captions import read_pseudo_captions
 from trainers.recipes import Dtype, load_model, load_splits, save_model
@@ -69,21 +69,15 @@ class DistillationTrainer(StageTrainer):
     Tunes the audio projector of a model on audio and captions.
 
     Args:
-        model: A DALI model; a prefix that it holds is taken off.
-        args: Settings.
-        processor: The model's processor; is told that there is no prefix.
+        model (`DaliMixin`): A DALI model; a prefix that it holds is taken off.
+        args (`DistillationConfig`): Settings.
+        processor (`AudioCaptionProcessorMixin`): The model's processor; is told that there is no prefix.
         train_dataset, eval_dataset: Rows with `audio`, `caption` or `captions`.
         kwargs: Further arguments of `Trainer`.
     """
 
     def __init__(
-        self,
-        model: DaliMixin,
-        args: DistillationConfig,
-        processor: AudioCaptionProcessorMixin,
-        train_dataset=None,
-        eval_dataset=None,
-        **kwargs,
+        self, model: DaliMixin, args: DistillationConfig, processor, train_dataset=None, eval_dataset=None, **kwargs
     ):
         torch.manual_seed(args.seed)
         model.remove_prefix()

@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg
 
 from modeling_dali.configuration_dali import PrefixPosition
 from modeling_dali.modeling_dali_utils import DaliMixin
-from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
+from modeling_dali.processing_audio import QUESTION
 from trainers.dali.data_collator import DaliDataCollator
 from trainers.recipes import Dtype, load_model, load_splits
 from trainers.stage import StageArguments, StageTrainer, run_stage
@@ -55,21 +55,15 @@ class PrefixTuningTrainer(StageTrainer):
     Trains new soft tokens of a model.
 
     Args:
-        model: A DALI model; a prefix that it holds is replaced by a new one.
-        args: Settings.
-        processor: The model's processor; is told of the prefix.
+        model (`DaliMixin`): A DALI model; a prefix that it holds is replaced by a new one.
+        args (`PrefixTuningConfig`): Settings.
+        processor (`AudioCaptionProcessorMixin`): The model's processor; is told of the prefix.
         train_dataset, eval_dataset: Rows with `image`, `caption` or `captions`.
         kwargs: Further arguments of `Trainer`.
     """
 
     def __init__(
-        self,
-        model: DaliMixin,
-        args: PrefixTuningConfig,
-        processor: AudioCaptionProcessorMixin,
-        train_dataset=None,
-        eval_dataset=None,
-        **kwargs,
+        self, model: DaliMixin, args: PrefixTuningConfig, processor, train_dataset=None, eval_dataset=None, **kwargs
     ):
         torch.manual_seed(args.seed)
         model.add_prefix(args.prefix_length, args.prefix_position)

@@ -36,7 +36,9 @@ class BarlowTwins(nn.Module):
         self.projector = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=False))
         self.redundancy_weight = redundancy_weight
 
-    def forward(self, audio_embeds: torch.Tensor, other_embeds: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, audio_embeds: torch.Tensor, other_embeds: torch.Tensor, pair_weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The loss of a batch.
 
         Args:
@@ -44,6 +46,8 @@ class BarlowTwins(nn.Module):
                 `[batch, width]`, a batch of at least two.
             other_embeds (`torch.Tensor`):
                 `[batch, width]`, matched to `audio_embeds`.
+            pair_weight (`torch.Tensor`, *optional*):
+                `[batch]`; pairs of weight 0 are left out.
 
         Returns:
             `torch.Tensor`: a scalar in float32 (float64 for float64 input).
@@ -53,8 +57,10 @@ class BarlowTwins(nn.Module):
         """
         dtype = torch.promote_types(torch.promote_types(audio_embeds.dtype, other_embeds.dtype), torch.float32)
         with torch.autocast(audio_embeds.device.type, enabled=False):
-            audio, other = (self.projector(global_batch(side.to(dtype))) for side in (audio_embeds, other_embeds))
-            return correlation_loss(audio, other, self.redundancy_weight)
+            audio, other = (global_batch(side.to(dtype)) for side in (audio_embeds, other_embeds))
+            if pair_weight is not None and not (kept := global_batch(pair_weight) > 0).all():
+                audio, other = audio[kept], other[kept]
+            return correlation_loss(self.projector(audio), self.projector(other), self.redundancy_weight)
 
 
 def correlation_loss(one: torch.Tensor, other: torch.Tensor, redundancy_weight: float) -> torch.Tensor:

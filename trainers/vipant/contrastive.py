@@ -231,8 +231,8 @@ class ContrastiveTrainer(StageTrainer):
 
         Args:
             embeds (`Mapping[str, torch.Tensor]`): `[batch, dim]` by kind of input.
-            pair_weight (`torch.Tensor`, *optional*): `[batch]`, 0 for pairs that do not count, else 1. Such a pair
-                stays a negative for the others.
+            pair_weight (`torch.Tensor`, *optional*): `[batch]`, 0 for pairs that do not count, else 1. By contrast,
+                such a pair stays a negative for the others.
         """
         model = self.accelerator.unwrap_model(self.model)
         some = next(iter(embeds.values()))
@@ -242,7 +242,7 @@ class ContrastiveTrainer(StageTrainer):
         for pair in self.args.pairs:
             one, other = (embeds[kind] for kind in pair.split("-"))
             if self.args.loss == "barlow_twins":
-                losses.append(model.barlow_twins(_without(one, weight), _without(other, weight)))
+                losses.append(model.barlow_twins(one, other, weight))
             else:
                 scale = model.get_parameter(SCALES[pair]).exp()
                 losses.append(contrastive(one, other, scale, "sum", pair_confidence=weight).sum() / pairs)
@@ -337,14 +337,6 @@ class ContrastiveTrainer(StageTrainer):
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """In which losses are computed."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _without(embeds: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Embeddings `[batch, dim]` where those of weight 0 are the mean of the others: no correlation feels them."""
-    if weight.all():
-        return embeds
-    mean = (embeds * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
-    return torch.where(weight[:, None] > 0, embeds, mean)
 
 
 class RandomState:

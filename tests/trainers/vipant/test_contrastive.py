@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 from modeling_vipant import VipAntModel
 from tests.tiny_vipant import NUM_BINS, NUM_FRAMES, tiny_clip, tiny_processor, tiny_tokenizer, tiny_vipant
+from tests.trainers.stages import clips
 from tests.trainers.vipant.contrastive_worker import SETTINGS, batch, model64, step, steps
 from trainers.losses.barlow_twins import BarlowTwins
 from trainers.processes import run_in_processes
 from trainers.recipes import parse_recipe
+from trainers.rows import without_decoding
 from trainers.vipant.contrastive import SCALES, ContrastiveConfig, ContrastiveTrainer, load_model_and_processor
 from trainers.vipant.tagging import TaggingConfig
 
@@ -298,3 +300,51 @@ def test_starting_from_a_clip_folder(tmp_path):
     tiny_processor().image_processor.save_pretrained(tmp_path)
     model, processor = load_model_and_processor(str(tmp_path), num_frames=64)
     assert model.config.audio_config.num_frames == processor.feature_extractor.num_frames == 64
+
+
+def rows_with_a_damaged_clip():
+    rows = without_decoding(clips(5)).to_list()
+    rows[2]["audio"] = {"bytes": b"no sound", "path": None}
+    return rows
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "barlow_twins"])
+def test_a_clip_that_cannot_be_decoded_weighs_nothing(tmp_path, loss):
+    rows = rows_with_a_damaged_clip()
+    config = ContrastiveConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], loss=loss, train_towers=["audio"])
+    trainer = ContrastiveTrainer(tiny_vipant(), config, tiny_processor(), rows)
+    trainer.model.eval()
+
+    def gradient(embeds: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        leaves = {"audio": embeds.clone().requires_grad_(), "image": images}
+        return torch.autograd.grad(trainer._loss(leaves, weight), leaves["audio"])[0]
+
+    batch = trainer.data_collator.collator(rows)
+    assert batch["pair_weight"].tolist() == [1, 1, 0, 1, 1] and trainer.skips.skipped == 1
+    embeds = trainer._embed(trainer.model, batch, ["audio", "image"])
+    audio, images = embeds["audio"].detach(), embeds["image"].detach()
+    own = gradient(audio, batch["pair_weight"])
+    if loss == "barlow_twins":  # as if it were not there
+        assert (own[2] == 0).all()
+        kept = batch["pair_weight"] > 0
+        images = images[kept]
+        torch.testing.assert_close(own[kept], gradient(audio[kept], torch.ones(4)), rtol=1e-3, atol=1e-5)
+    else:  # its own losses do not count, as a negative it stays
+        logits = trainer.model.audio_image_logit_scale.exp() * F.normalize(audio, dim=1) @ F.normalize(images, dim=1).T
+        both = [F.cross_entropy(side, torch.arange(5), reduction="none") for side in (logits, logits.T)]
+        expected = (sum(both) * batch["pair_weight"]).sum() / 4
+        weighed = trainer._loss({"audio": audio, "image": images}, batch["pair_weight"])
+        torch.testing.assert_close(weighed, expected)
+
+
+def test_a_run_that_was_cut_off_goes_on_by_itself(tmp_path):
+    settings = {"use_cpu": True, "report_to": [], "save_steps": 1, "per_device_train_batch_size": 4, "time_mask": 8}
+    settings |= {"disable_tqdm": True, "lr_scheduler_type": "constant", "frequency_mask": 4}
+    weights = []
+    for folder, ends in (("whole", [4]), ("cut", [2, 4])):
+        for max_steps in ends:
+            config = ContrastiveConfig(output_dir=str(tmp_path / folder), max_steps=max_steps, **settings)
+            trainer = ContrastiveTrainer(tiny_vipant(), config, tiny_processor(), clips(8))
+            trainer.run()
+        weights.append(VipAntModel.from_pretrained(tmp_path / folder).state_dict())
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
