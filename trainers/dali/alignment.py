@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -326,6 +327,9 @@ class AlignmentTrainer(StageTrainer):
         )
         if isinstance(model.ear.audio_tower, DaliAudioModel):
             model.ear.audio_tower.positions.requires_grad_(args.train_positions)
+        behind = getattr(model.config, "alignment_target", "projector_input") == "projector_output"
+        if behind and train_dataset is not None and not model.ear.audio_projection.bias.any():  # as it was made
+            start_at_image_tokens(model, collator, train_dataset)
         self.label_names = ["pair_weight"]
         self.model_accepts_loss_kwargs = False
 
@@ -410,6 +414,36 @@ class AlignmentTrainer(StageTrainer):
         if scorer:
             args = self.args
             save_scorers(folder, scorer, args.scorer_heads, args.scorer_temperature, args.uniform_mix)
+
+
+@torch.no_grad()
+def start_at_image_tokens(model: DaliMixin, collator: AlignmentCollator, rows, clips: int = 16) -> None:
+    """
+    Gives audio tokens the mean and the spread of image tokens, before anything else is learned.
+
+    Behind a captioner's projector these lie far from where a new projection puts its tokens: for one of published size
+    at a mean length of 19, where words have 1.
+
+    Args:
+        model: A model with an untrained projection.
+        collator: Reads rows.
+        rows: Clips, a data set or a stream.
+        clips: How many of them are looked at.
+    """
+    if hasattr(rows, "__len__"):
+        chosen = [rows[index * len(rows) // clips] for index in range(clips)]
+    else:
+        chosen = list(islice(rows, clips))
+    batch = BatchFeature(collator([row | {"index": index} for index, row in enumerate(chosen)]))
+    batch.pop("input_features_mask", None)
+    projection, counts = model.ear.audio_projection, batch.pop("pair_weight") > 0
+    sounds = batch.pop("input_features").to(projection.weight.device)
+    audio = model.eval().get_audio_tokens(sounds)[counts].flatten(0, 1)
+    pictures = model.get_image_tokens(**batch.to(sounds.device, model.dtype))
+    image = torch.cat([tokens for tokens, counted in zip(pictures, counts, strict=True) if counted])
+    scale = (image - image.mean(0)).std() / (audio - audio.mean(0)).std()
+    projection.weight.mul_(scale)
+    projection.bias.copy_(image.mean(0) - scale * audio.mean(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,3 +122,20 @@ def test_pictures_with_different_numbers_of_tokens(tmp_path, loss):
             torch.testing.assert_close(together["image"][i], alone["image"][0])
     padded, mask = pad_tokens(ragged)
     assert padded.shape == (2, 6, 32) and mask.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_audio_tokens_start_where_image_tokens_are(tmp_path, stream):
+    model, processor = untrained(tmp_path / "captioner")
+    rows = clips(8)
+    config = AlignmentConfig(**settings(tmp_path / "run", augment=False, train_rows=8 if stream else None))
+    trainer = AlignmentTrainer(model, config, processor, rows.to_iterable_dataset() if stream else rows)
+    batch = trainer.data_collator([row | {"index": index} for index, row in enumerate(rows)])
+    with torch.no_grad():
+        audio = model.get_audio_tokens(batch["input_features"]).flatten(0, 1)
+        image = model.get_image_tokens(pixel_values=batch["pixel_values"]).flatten(0, 1)
+    torch.testing.assert_close(audio.mean(0), image.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((audio - audio.mean(0)).std(), (image - image.mean(0)).std(), atol=1e-4, rtol=1e-4)
+    before = model.ear.audio_projection.weight.clone()
+    AlignmentTrainer(model, config, processor, rows.to_iterable_dataset() if stream else rows)
+    assert torch.equal(model.ear.audio_projection.weight, before)  # what has begun goes on from where it is
