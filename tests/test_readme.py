@@ -1,6 +1,5 @@
 """The README's Python runs as it stands, and its commands exist."""
 
-import importlib
 import re
 import shlex
 import shutil
@@ -10,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import typer.main
 from PIL import Image
 
 from tests.tiny import tiny_dali, tiny_llava
+from trainers.dali import cli as dali
+from trainers.recipes import find_recipe
+from trainers.vipant import cli as vipant
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,24 +50,23 @@ def commands():
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
 
 
-def test_modules_and_recipes_of_the_commands_exist():
-    named = [words for words in commands() if words[:2] == ["python", "-m"]]
-    assert len(named) >= 6
-    for words in named:
-        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), words
-        for word in words:
-            if word.startswith("recipes/"):
-                assert (ROOT / word).is_file(), word
+TREES = {"dali": dali, "vipant": vipant}
 
 
-def test_options_of_the_commands_exist(capsys):
-    for words in commands():
-        if words[:2] == ["python", "-m"]:
-            with pytest.raises(SystemExit):
-                importlib.import_module(words[2]).main(["--help"])
-            help_text = capsys.readouterr().out
-            for option in (word for word in words if word.startswith("--")):
-                assert option in help_text, (words, option)
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] in TREES], ids=" ".join)
+def test_commands_and_their_options_exist(words, capsys):
+    program, *arguments = words
+    command, path = typer.main.get_command(TREES[program].app), []
+    while getattr(command, "commands", None) and arguments:
+        command = command.commands[arguments[0]]
+        path.append(arguments.pop(0))
+    assert not getattr(command, "commands", None), words
+    assert TREES[program].main([*path, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    for option in (word for word in arguments if word.startswith("--")):
+        assert option in help_text, (words, option)
+    for recipe in (word for word in arguments if re.fullmatch(r"(dali|vipant|one_gpu)/[a-z0-9_.]+", word)):
+        assert find_recipe(recipe).is_file()
 
 
 def test_make_targets_exist():
@@ -85,14 +87,13 @@ def test_make_demo_captions_samples_that_are_not_there_yet(files, tmp_path):
 
 def test_caption_commands_run(workplace, capsys):
     from tests.modeling_dali.test_audio_io import write_video
-    from trainers.dali.cli import main
 
     write_video(workplace / "clip.mp4")
     run = [words for words in commands() if words[:2] == ["dali", "caption"]]
-    assert len(run) == 2
+    assert len(run) == 3
     for words in run:
-        assert main(words[1:]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 2
+        assert dali.main(words[1:]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 2 + 1
 
 
 def test_links_lead_somewhere():
