@@ -12,7 +12,6 @@ A run that was interrupted goes on where it was cut off, to the same bits. A rec
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -140,8 +139,7 @@ def run(config: RunConfig) -> dict[str, dict]:
         RuntimeError: if another process runs in the folder.
     """
     output = Path(config.output_dir)
-    with ExitStack() as held:
-        held.enter_context(locked(output))
+    with locked(output):
         claim(output, {each.name: getattr(config, each.name) for each in fields(config)}, "run.json")
         return run_stages(list(stages(config)), output / "done")
 
