@@ -18,19 +18,21 @@ def run_command(
 
     Args:
         parser (`argparse.ArgumentParser`):
-            Of the command; gets the option `--debug`.
+            The command's parser, which gets the option `--debug`.
         command (`Callable`):
             Takes the parsed options, prints its result and returns the exit code.
         arguments (`Sequence[str]`, *optional*):
-            Of the command line; those of this process by default.
+            Those of the command line; by default what this process was started with.
 
     Returns:
         `int`: the exit code: the command's, 1 after an error, 130 after an interrupt from the keyboard.
     """
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out beforehand, so that the switch may also stand behind a subcommand.
+    options = parser.parse_args([argument for argument in given if argument != "--debug"])
     # `dali` and `vipant` keep the switch for themselves when they hand a command on.
-    return exit_code(lambda: command(options), options.debug or "--debug" in sys.argv)
+    return exit_code(lambda: command(options), "--debug" in [*given, *sys.argv])
 
 
 def exit_code(command: Callable[[], int], debug: bool = False) -> int:
@@ -40,7 +42,7 @@ def exit_code(command: Callable[[], int], debug: bool = False) -> int:
         command (`Callable`):
             Does the work and returns its exit code.
         debug (`bool`, *optional*, defaults to `False`):
-            Whether to show where an error comes from instead.
+            Whether an error is raised, with its traceback, and not printed in one line.
 
     Returns:
         `int`: the exit code: the command's, 1 after an error, 130 after an interrupt from the keyboard.

@@ -14,6 +14,8 @@ from collections import Counter
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from datasets_scripts.commands import run_command
+
 from .checkpoint_dali import read_prefix, read_projector
 from .explain import save_scorers
 from .feature_extraction_kaldi_fbank import KaldiFbankFeatureExtractor
@@ -80,12 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--projector", help="prefixMLP.bin or audio_projector.bin: the audio projector")
     parser.add_argument("--prefix", help="prefix.bin: the soft prefix")
     parser.add_argument("--output", required=True, help="folder to write")
-    given = parser.parse_args(arguments)
-    try:
-        convert(given.llava, given.audio_backbone, given.output, given.projector, given.prefix)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser, _convert, arguments)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    convert(options.llava, options.audio_backbone, options.output, options.projector, options.prefix)
     return 0
 
 

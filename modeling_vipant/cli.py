@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from datasets_scripts.commands import run_command
 from modeling_vipant.library import (
     Embedder,
     Hit,
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_index(args: argparse.Namespace) -> None:
+def run_index(args: argparse.Namespace) -> int:
     """`vipant index`."""
     index = args.index or args.folder / ".vipant"
     if args.model is None and not (index / "index.json").exists():
@@ -89,9 +90,10 @@ def run_index(args: argparse.Namespace) -> None:
         f"{index}: {report.added} new, {report.changed} changed, {report.unchanged} unchanged, "
         f"{report.removed} removed, {len(report.unreadable)} unreadable"
     )
+    return 0
 
 
-def run_search(args: argparse.Namespace) -> None:
+def run_search(args: argparse.Namespace) -> int:
     """`vipant search`."""
     if args.top < 1:
         raise LibraryError(f"--top {args.top} must be at least 1")
@@ -117,9 +119,10 @@ def run_search(args: argparse.Namespace) -> None:
             print(f"{rank:4d}  {hit.score:6.3f}  {duration(hit.seconds):>8}  {hit.path}")
         if args.html is not None:
             print(f"wrote {args.html}")
+    return 0
 
 
-def run_classify(args: argparse.Namespace) -> None:
+def run_classify(args: argparse.Namespace) -> int:
     """`vipant classify`."""
     labels = check_labels(args.labels.split(","))
     results = classify(Embedder.load(args.model, args.device), args.files, labels, args.prompt)
@@ -127,11 +130,12 @@ def run_classify(args: argparse.Namespace) -> None:
         print(
             json.dumps({str(path): dict(result) for path, result in zip(args.files, results, strict=True)}, indent=2)
         )
-        return
+        return 0
     for path, result in zip(args.files, results, strict=True):
         print(path)
         for label, probability in result:
             print(f"  {probability:6.1%}  {label}")
+    return 0
 
 
 def duration(seconds: float) -> str:
@@ -194,17 +198,11 @@ def page(query: str, hits: Sequence[Hit], library: Path, folder: Path) -> str:
     return PAGE.format(title=html.escape(query), items="\n".join(items))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `vipant`."""
-    args = build_parser().parse_args(arguments)
-    run = {"index": run_index, "search": run_search, "classify": run_classify}[args.command]
-    try:
-        run(args)
-    except (LibraryError, ValueError, OSError) as error:
-        sys.exit(f"vipant: {error}")
-    except KeyboardInterrupt:
-        sys.exit("vipant: interrupted; what was done is saved, run the command again to go on")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `vipant index`, `search` or `classify`; returns the exit code."""
+    runs = {"index": run_index, "search": run_search, "classify": run_classify}
+    return run_command(build_parser(), lambda args: runs[args.command](args), arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,12 +12,14 @@ runs no code of the file; the few OmegaConf names are read as inert data, and an
 
 import argparse
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from datasets_scripts.commands import run_command
 from modeling_vipant import (
     VipAntConfig,
     VipAntForAudioClassification,
@@ -329,32 +331,33 @@ def convert(
     return model, left_out
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: see the module's docstring."""
+def main(arguments: list[str] | None = None) -> int:
+    """The command line (see the module's docstring); returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", required=True, help="folder (or Hub name) of the CLIP model, ViT-B/32 for releases")
     parser.add_argument("--checkpoint", required=True, type=Path, help="the authors' .pth file")
     parser.add_argument("--output", required=True, type=Path, help="folder to write model and processor to")
     parser.add_argument("--num-frames", type=int, default=1000, help="frames of the audio tower; 1000 is 10 s")
     parser.add_argument("--labels", type=Path, help="label names of a classification head, one a line, in its order")
-    args = parser.parse_args(arguments)
-    try:
-        checkpoint = load_checkpoint(args.checkpoint)
-        labels = args.labels and args.labels.read_text(encoding="utf-8").splitlines()
-        model, left_out = convert(CLIPModel.from_pretrained(args.clip), checkpoint, args.num_frames, labels)
-        processor = VipAntProcessor(
-            vipant_feature_extractor(num_frames=args.num_frames),
-            CLIPImageProcessorPil.from_pretrained(args.clip),
-            AutoTokenizer.from_pretrained(args.clip),
-        )
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    print(f"wrote {args.output} ({type(model).__name__}): every tensor of the checkpoint's towers is in its place")
+    return run_command(parser, _convert, arguments)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    checkpoint = load_checkpoint(options.checkpoint)
+    labels = options.labels and options.labels.read_text(encoding="utf-8").splitlines()
+    model, left_out = convert(CLIPModel.from_pretrained(options.clip), checkpoint, options.num_frames, labels)
+    processor = VipAntProcessor(
+        vipant_feature_extractor(num_frames=options.num_frames),
+        CLIPImageProcessorPil.from_pretrained(options.clip),
+        AutoTokenizer.from_pretrained(options.clip),
+    )
+    model.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    print(f"wrote {options.output} ({type(model).__name__}): every tensor of the checkpoint's towers is in its place")
     for part in left_out:
         print(f"left out: {part}, which training alone uses")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,13 @@ def test_an_error_is_one_line_and_with_debug_a_traceback(error, line, capsys):
         run(failing(error), "--debug")
 
 
+def test_debug_may_stand_behind_a_subcommand():
+    parser = argparse.ArgumentParser("command")
+    parser.add_subparsers(dest="name").add_parser("one")
+    with pytest.raises(ValueError, match="wrong"):
+        run_command(parser, failing(ValueError("wrong")), ["one", "--debug"])
+
+
 def test_an_interrupt_is_no_error(capsys):
     assert run(failing(KeyboardInterrupt())) == 130
     assert "goes on from here" in capsys.readouterr().err

@@ -1,8 +1,10 @@
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,7 @@ def sounds(tmp_path):
 
 
 def run(*arguments) -> None:
-    main([str(argument) for argument in arguments])
+    assert main([str(argument) for argument in arguments]) == 0
 
 
 def files(folder: Path) -> dict:
@@ -187,10 +189,11 @@ def test_unreadable_files_are_reported_and_the_rest_indexed(sounds, models, caps
 
 
 def error_of(*arguments) -> str:
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code and str(caught.value.code).startswith("vipant: ")
-    return str(caught.value.code)
+    with redirect_stderr(io.StringIO()) as told:
+        assert main([str(argument) for argument in arguments]) == 1
+    line = told.getvalue().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
 
 
 def test_empty_and_missing_folders(models, tmp_path, sounds):
