@@ -41,11 +41,11 @@ def build(name: str, output: str | Path, **arguments: Any) -> datasets.Dataset:
 
     Args:
         name (`str`):
-            Of a builder, one of `BUILDERS`.
+            Name of a builder, one of `BUILDERS`.
         output (`str` or `Path`):
             Folder for the data set, as `datasets.load_from_disk` opens it; must be new, or empty.
         arguments:
-            Of the builder.
+            Arguments of the builder.
 
     Returns:
         `datasets.Dataset`: the data set.

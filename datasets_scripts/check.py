@@ -37,7 +37,7 @@ class Report:
     """What was found of one split.
 
     Attributes:
-        split: its name.
+        split: name of the split.
         official: number of clips that the release lists.
         listed: number of clips in the table at hand.
         missing: ids of listed clips that are not there.
@@ -74,7 +74,7 @@ def check(name: str, folder: str | Path, media: str | Path | None = None) -> lis
     """Compares what is there with the official lists.
 
     Args:
-        name: of a data set with official tables, or "shards" for a folder that `prepare` or `filter_pairs` wrote.
+        name: name of a data set with official tables, or "shards" for a folder that `prepare` or `filter_pairs` wrote.
         folder: holds the official tables.
         media: folder of the files, or of shards made of them; the folder of the tables by default.
 
@@ -142,8 +142,8 @@ def _check_shards(path: str | Path) -> Report:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's description. The exit code is 2 if something is missing."""
     parser = argparse.ArgumentParser("datasets_scripts.check", description=__doc__.split("\n")[0])
-    parser.add_argument("name", help=f"shards, {', '.join(TABLES)}")
-    parser.add_argument("folder", type=Path, help="of the official tables, or of shards")
+    parser.add_argument("name", help=f"what to check: shards, {', '.join(TABLES)}")
+    parser.add_argument("folder", type=Path, help="folder of the official tables, or of shards")
     parser.add_argument("--media", type=Path, help=f"folder of files ({', '.join(MEDIA_EXTENSIONS)}) or of shards")
     parser.add_argument("--output", type=Path, help="JSON file for the whole report, with all missing ids")
     return run_command(parser, _check, arguments)

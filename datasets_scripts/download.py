@@ -63,14 +63,14 @@ def download(
     """Downloads segments that are not there yet.
 
     Args:
-        segments: of videos.
+        segments: the segments to download.
         output: folder for `YTID_START.mp4`, `archive.txt` and `unavailable.jsonl`.
         extract: takes a YouTube id, gives where its tracks lie; raises `Unavailable`, or anything else for faults
             that may pass.
-        attempts: for each clip, with pauses that double.
+        attempts: how often a clip is tried, with pauses that double.
         sleep: seconds between clips, and the first pause.
-        wait: waits.
-        progress: shows a bar.
+        wait: is called with the seconds of each pause.
+        progress: whether to show a bar.
 
     Returns:
         Numbers of clips: "downloaded", "present" (from an earlier run), "unavailable" (in all), "failed" (this time).
@@ -219,7 +219,7 @@ class YtDlp:
     """Finds with yt-dlp where a YouTube video lies.
 
     Args:
-        height: of the pictures at most, in pixels; training needs little.
+        height: largest height of the pictures, in pixels; training needs little.
         cookies: file of cookies, for videos that want an age confirmed.
 
     Raises:
@@ -330,12 +330,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser("datasets_scripts.download", description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=("audioset", "audiocaps", "vggsound"))
-    parser.add_argument("table", type=Path, help="official CSV")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
-    parser.add_argument("--height", type=int, default=360, help="of the pictures at most")
+    parser.add_argument("table", type=Path, help="the official CSV file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the clips")
+    parser.add_argument("--height", type=int, default=360, help="largest height of the pictures in pixels")
     parser.add_argument("--cookies", type=Path, help="file of cookies for yt-dlp")
     parser.add_argument("--sleep", type=float, default=1.0, help="seconds between clips")
-    parser.add_argument("--attempts", type=int, default=4, help="for each clip, with pauses that double")
+    parser.add_argument("--attempts", type=int, default=4, help="how often a clip is tried, with pauses that double")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return run_command(parser, _download, arguments)
 

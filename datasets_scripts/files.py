@@ -110,7 +110,7 @@ def claim(folder: "str | os.PathLike | Folder", settings: dict[str, Any], name: 
         settings (`dict`):
             Values that JSON can hold, by names that the user knows.
         name (`str`, *optional*, defaults to `"settings.json"`):
-            Of the note.
+            Name of the note.
 
     Raises:
         ValueError: if a setting differs; names each with both its values.
@@ -228,7 +228,7 @@ class HashingFile(io.RawIOBase):
     """A file that counts and sums up what is written to it.
 
     Args:
-        file: Open for writing bytes; who opened it closes it.
+        file: A file open for writing bytes; whoever opened it closes it.
     """
 
     def __init__(self, file: Any):

@@ -334,19 +334,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("datasets_scripts.filter_pairs", description=__doc__.split("\n")[0])
     parser.add_argument("source", help="folder of parquet shards, local or a URL")
     parser.add_argument("--output", required=True, help="folder for the new shards")
-    parser.add_argument("--keep", type=int, required=True, help="number of clips")
+    parser.add_argument("--keep", type=int, required=True, help="number of clips to keep")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--captioner", help="image captioner (name or folder): the paper's rule, with --embedder")
     rule.add_argument("--score", help="MODULE:FUNCTION of rows, smaller for a better match")
-    rule.add_argument("--column", help="that holds scores already")
+    rule.add_argument("--column", help="column that holds scores already")
     parser.add_argument(
-        "--embedder", default="sentence-transformers/all-MiniLM-L6-v2", help="of sentence-transformers"
+        "--embedder",
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        help="model of sentence-transformers for --captioner",
     )
     parser.add_argument("--labels", type=Path, help="class_labels_indices.csv or ontology.json, for label ids")
-    parser.add_argument("--batch-size", type=int, default=16, help="clips")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips that are scored at once")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--gpus", type=float, default=0, help="for each Ray actor")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs for each Ray actor")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return run_command(parser, _filter, arguments)
 

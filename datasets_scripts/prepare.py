@@ -48,7 +48,7 @@ def prepare(
         output: local folder or URL.
         settings: what decides the content of the shards.
         limits: for each clip.
-        workers: processes (all CPU cores by default), or Ray actors.
+        workers: number of processes (all CPU cores by default), or of Ray actors.
         engine: "local", or "ray", where each task is a shard; the records are the same.
         refresh: makes shards anew that hold failures (files may have come since), or clips whose files have changed.
         progress: shows a bar with rate and time left.
@@ -244,21 +244,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("datasets_scripts.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="folder, list of files, or index CSV in AudioSet's format")
     parser.add_argument("--output", required=True, help="local folder or fsspec URL")
-    parser.add_argument("--videos", type=Path, help="folder of an index' video files (default: that of the CSV)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a folder's or list's files; 0: whole files")
-    parser.add_argument("--frames", type=int, default=Settings.frames, help="a clip; 0: sound alone")
-    parser.add_argument("--frame-size", type=int, default=Settings.frame_size, help="shorter side; 0: as it is")
+    parser.add_argument("--videos", type=Path, help="folder of the videos that an index names (default: the CSV's)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how much of each file to take; 0 for whole files")
+    parser.add_argument("--frames", type=int, default=Settings.frames, help="frames a clip; 0 for sound alone")
+    parser.add_argument(
+        "--frame-size", type=int, default=Settings.frame_size, help="shorter side in pixels; 0 as it is"
+    )
     parser.add_argument("--jpeg-quality", type=int, default=Settings.jpeg_quality)
     parser.add_argument("--shard-size", type=int, default=Settings.shard_size, help="clips a shard")
     parser.add_argument(
         "--sampling-rate",
         type=int,
         default=Settings.sampling_rate,
-        help="in Hz (VIP-ANT: 44100); 0: as it is",
+        help="rate of the sound in Hz (44100 for VIP-ANT); 0 keeps each file's own",
     )
     parser.add_argument("--allow-short", action="store_true", help="take videos that end before their segment does")
     parser.add_argument("--follow-links", action="store_true", help="let links lead out of the source folder")
-    parser.add_argument("--refresh", action="store_true", help="make shards anew with failures or changed files")
+    parser.add_argument("--refresh", action="store_true", help="redo the shards that hold failures or changed files")
     parser.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds for one clip")
     parser.add_argument("--memory", type=int, default=Limits.memory >> 20, help="MiB for one process")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")

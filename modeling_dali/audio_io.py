@@ -406,8 +406,8 @@ class Track:
 
     Args:
         stream: The track of an open container.
-        start (`float`): Of the segment, in seconds of the file's clock.
-        length (`float`, *optional*): Of the segment, in seconds; by default to the end.
+        start (`float`): Start of the segment, in seconds of the file's clock.
+        length (`float`, *optional*): Length of the segment, in seconds; by default to the end.
     """
 
     def __init__(self, stream: Any, start: float, length: float = float("inf")):

@@ -78,7 +78,7 @@ def hearing_template(template: str, image_token: str, special_tokens: dict[str, 
     Args:
         template (`str`): The captioner's template.
         image_token (`str`): What stands for a picture in its prompts.
-        special_tokens (`dict[str, str]`): Of its tokenizer, by name; templates may use them.
+        special_tokens (`dict[str, str]`): Special tokens of its tokenizer, by name; templates may use them.
 
     Returns:
         `str`: A template that renders pictures, sounds, prefix and text, each once.

@@ -196,7 +196,7 @@ def fill_placeholders(
     Puts soft tokens where placeholders stand. Traced by `torch.compile` and `torch.export`.
 
     Args:
-        name: Of the placeholders: "image", "audio" or "prefix".
+        name: Which placeholders: "image", "audio" or "prefix".
         features: [tokens, hidden size], or None where there is nothing to put.
         mask: Boolean [B, length]; where the placeholders stand.
         inputs_embeds: [B, length, hidden size].
@@ -238,7 +238,7 @@ def scatter(features: torch.Tensor, mask: torch.Tensor, inputs_embeds: torch.Ten
 
 
 def misfit(name: str, placeholders: int, features: int) -> str:
-    """What to say when placeholders and features differ in number."""
+    """The message for placeholders and features that differ in number."""
     hints = {
         "prefix": "Does the model hold a prefix (`config.prefix_length`), and of that length?",
         "image": "Do `pixel_values` and the text come from one call of the processor?",

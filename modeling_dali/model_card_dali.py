@@ -72,7 +72,7 @@ def model_card(config: PreTrainedConfig, name: str, metrics: str | None = None, 
         config: The model's `DaliConfig` or `DaliCaptionerConfig`.
         name: Folder or Hub id that the example loads.
         metrics: Markdown with what was measured.
-        tags: For the Hub, beside the card's own.
+        tags: Tags for the Hub, in addition to the card's own.
     """
     captioner = f"`{config.base_model}`" if config.base_model else "made for this model"
     if config.base_model_revision:

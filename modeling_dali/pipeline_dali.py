@@ -67,7 +67,7 @@ def caption_windows(model, processor, windows: list[Window], question: str = QUE
     The captions of windows, in one batch.
 
     Args:
-        model: Of DALI.
+        model: A DALI model.
         processor (`DaliProcessor`): The model's.
         windows: With a picture, without, or both kinds.
         question (`str`): What to ask.

@@ -30,7 +30,7 @@ IGNORED = -100  # labels the loss leaves out
 
 
 class WindowKwargs(TypedDict, total=False):
-    """What a call may say about sound."""
+    """Keyword arguments about sound."""
 
     sampling_rate: int | Sequence[int] | None
     trim_padding: bool
@@ -40,7 +40,7 @@ class WindowKwargs(TypedDict, total=False):
 
 
 class AudioCaptionKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """What a call may say."""
+    """Keyword arguments of the processors of captioners that hear."""
 
     audio_kwargs: WindowKwargs  # type: ignore[misc]
     output_labels: bool
@@ -469,7 +469,7 @@ class AudioCaptionProcessorMixin(ProcessorMixin):
 
 
 def media_of(item: dict) -> list:
-    """What an item of a chat message holds, under whichever of the usual names."""
+    """The media that an item of a chat message holds, under whichever of the usual names."""
     return [item[name] for name in (item["type"], "url", "path", "base64") if name in item]
 
 

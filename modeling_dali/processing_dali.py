@@ -15,7 +15,7 @@ from .processing_audio import AudioCaptionKwargs, AudioCaptionProcessorMixin
 
 
 class DaliProcessorKwargs(AudioCaptionKwargs, total=False):  # type: ignore[call-arg]
-    """What a call of [`DaliProcessor`] may say."""
+    """Keyword arguments of [`DaliProcessor`]."""
 
 
 class DaliProcessor(AudioCaptionProcessorMixin):
@@ -25,7 +25,7 @@ class DaliProcessor(AudioCaptionProcessorMixin):
     Args:
         image_processor, tokenizer: The captioner's.
         feature_extractor: The audio encoder's.
-        patch_size: Of the image tower, in pixels.
+        patch_size: Side of the image tower's patches, in pixels.
         vision_feature_select_strategy: `"default"` leaves out the image tower's class token, `"full"` keeps it.
         num_additional_image_tokens: Class and other tokens of the image tower besides the patches.
         audio_seq_length: Audio tokens per clip.

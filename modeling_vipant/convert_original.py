@@ -252,7 +252,7 @@ def classifier(model: VipAntModel, head: dict[str, torch.Tensor], labels: Sequen
         labels: Names of the labels in the head's order; `LABEL_0` and so on if None.
 
     Raises:
-        ValueError: If there are as many names as labels not, or the head does not fit.
+        ValueError: If names and labels differ in number, or the head does not fit.
     """
     count = len(head["linear.weight"])
     if labels is not None and len(labels) != count:

@@ -30,7 +30,7 @@ TABLE = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.
 
 
 class LibraryError(ValueError):
-    """A sound library, or what is asked of it, is at fault; the message says what to do."""
+    """A sound library cannot be used, or not as asked; the message says what to do."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class SoundLibrary:
         embeddings: `[files, dim]` unit vectors, float32.
         files: Path, size, mtime_ns and seconds of each file.
         model_name: Where the model came from.
-        fingerprint: Of the model (`Embedder.fingerprint`).
+        fingerprint: Fingerprint of the model (`Embedder.fingerprint`).
     """
 
     embeddings: np.ndarray
@@ -244,7 +244,7 @@ def sound_files(root: Path) -> Iterator[str]:
 
 
 def _read_index(index: Path, embedder: Embedder, fingerprint: str) -> dict[str, tuple[dict, np.ndarray]]:
-    """Rows and embeddings of an index by path; of one that another model made, a LibraryError."""
+    """Rows and embeddings of an index by path; raises LibraryError if another model made the index."""
     if not (index / "index.json").exists():
         return {}
     library = SoundLibrary.load(index)

@@ -85,7 +85,7 @@ def average_windows(values: torch.Tensor, window_seconds: torch.Tensor) -> torch
     """The mean over the windows of each sound, weighted by their duration.
 
     Args:
-        values: Of the windows that there are, sound by sound, `[windows of all sounds, dim]`.
+        values: One row for each window, sound by sound, `[windows of all sounds, dim]`.
         window_seconds: How long each window is, `[batch, windows]`; 0 where a sound has no more.
 
     Returns:

@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessingKwargs
 
 
 class VipAntAudioKwargs(TypedDict, total=False):
-    """What a call may say about sound. `padding`, `truncation` and `max_length` are of text unless they come as
+    """Keyword arguments about sound. `padding`, `truncation` and `max_length` apply to text unless they are given in
     `audio_kwargs={...}`."""
 
     sampling_rate: int | Sequence[int] | None
@@ -19,7 +19,7 @@ class VipAntAudioKwargs(TypedDict, total=False):
 
 
 class VipAntProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """What a call of [`VipAntProcessor`] may say."""
+    """Keyword arguments of [`VipAntProcessor`]."""
 
     audio_kwargs: VipAntAudioKwargs  # type: ignore[misc]
 

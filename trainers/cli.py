@@ -47,9 +47,9 @@ def handed_on(app: typer.Typer, name: str, module: str, description: str, *befor
         app (`typer.Typer`):
             Where the command stands.
         name (`str`):
-            Of the command.
+            Name of the command.
         module (`str`):
-            Has `main(arguments)`, which may return an exit code.
+            The module's name; it has `main(arguments)`, which may return an exit code.
         description (`str`):
             One line of help; the module's own help says the rest.
         before (`str`):
@@ -75,7 +75,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         app (`typer.Typer`):
             The tree.
         arguments (`Sequence[str]`, *optional*):
-            Of the command line; those of this process by default.
+            Those of the command line; by default what this process was started with.
 
     Returns:
         `int`: the exit code: the command's, 1 after a user's error, 2 for wrong usage, 130 after an interrupt.

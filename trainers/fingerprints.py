@@ -1,4 +1,4 @@
-"""What decides a result, in short: hashes of weights and of data, by which stale results are told from good ones."""
+"""Hashes of weights and of data, by which results that are out of date are recognised."""
 
 import hashlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def rows_hash(rows) -> str:
     A hash of a data set: the ids in their order, its content, and size and time of files that it only names.
 
     Args:
-        rows: A `datasets` data set or a sequence of rows. Of a stream, only the names of the columns count.
+        rows: A `datasets` data set, a sequence of rows, or a stream, of which only the column names are hashed.
     """
     digest = hashlib.sha256()
     if not hasattr(rows, "__len__"):
@@ -45,7 +45,7 @@ def rows_hash(rows) -> str:
 
 
 def _media_files(rows) -> Iterator[str]:
-    """Files that a data set names and does not hold."""
+    """Paths of the files that a data set refers to but does not contain."""
     table = getattr(rows, "data", None)
     for name in ("audio", "image", "frames"):
         if table is None or name not in table.column_names:

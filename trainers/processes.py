@@ -40,10 +40,10 @@ def run_in_processes(function: Callable, arguments: tuple, processes: int, on_re
     Runs a function in several processes of one `torch.distributed` group; they end with this process.
 
     Args:
-        function: Gets `arguments` and, last, what sends a report (`report(*values)`); in the first process alone
-            that goes to `on_report`. Function and arguments must be picklable.
-        arguments: For it.
-        processes: How many.
+        function: Is called with `arguments` and, last, a function `report(*values)`; what the first process reports
+            goes to `on_report`, what the others report is dropped. Function and arguments must be picklable.
+        arguments: Arguments of the function.
+        processes: Number of processes.
         on_report: Called here with each report.
 
     Raises:

@@ -34,7 +34,7 @@ class Progress:
         self.done(0)
 
     def done(self, share: float) -> None:
-        """So much of the stage, between 0 and 1, is done."""
+        """Shows which share of the stage, between 0 and 1, is done."""
         self.bar.n = self.before + share * self.weights[self.stage]
         self.bar.set_postfix_str(self.loss)
 
@@ -50,7 +50,7 @@ class Progress:
 
 class ShowProgress(TrainerCallback):
     """
-    Tells a bar of a trainer's steps and loss.
+    Shows a trainer's steps and loss on a bar.
 
     Args:
         progress: Anything with `done(share)` and an attribute `loss`.
@@ -60,11 +60,11 @@ class ShowProgress(TrainerCallback):
         self.progress = progress
 
     def on_step_end(self, args, state, control, **kwargs):
-        """One more step is done."""
+        """Shows that one more step is done."""
         self.progress.done(state.global_step / state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """There may be a new loss."""
+        """Keeps the latest loss for the bar."""
         if "loss" in (logs or {}):
             self.progress.loss = f"loss {float(logs['loss']):.3g}"
 
@@ -102,7 +102,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, memory: Callable[[], float
     pending = [stage for stage in stages if not notes[stage.name].exists()]
     for stage in stages:
         if stage not in pending:
-            print(f"{stage.name}: done before, taken from {folder.parent}")
+            print(f"{stage.name}: already done in {folder.parent}")
     progress = Progress({stage.name: stage.weight for stage in pending})
     with logging_redirect_tqdm():  # warnings above the bar, not through it
         for stage in pending:

@@ -295,8 +295,8 @@ def load_model(
             LLaVA, or one of another image-text-to-text class.
         audio_encoder (`str`, *optional*): For a captioner: where the audio encoder starts from: a CAV-MAE or DALI
             `.pth`, or folder or Hub id of an audio model of transformers. By default from random weights.
-        dtype (`str`, *optional*, defaults to `"float32"`): Of the weights; `"auto"` for the one they are saved in.
-        seed (`int`, *optional*, defaults to 42): Of new weights.
+        dtype (`str`, *optional*, defaults to `"float32"`): Type of the weights; `"auto"` for the saved one.
+        seed (`int`, *optional*, defaults to 42): Seed of new weights.
 
     Raises:
         ValueError: if a checkpoint does not fit.

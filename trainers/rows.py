@@ -210,7 +210,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
     Args:
         length (`int`): Number of rows.
-        seed (`int`): Of the order.
+        seed (`int`): Seed of the order.
         weights (`torch.Tensor`, *optional*): `[length]`; rows are then drawn with replacement, in proportion to them.
             By default an epoch is a permutation.
     """

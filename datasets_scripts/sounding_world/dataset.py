@@ -111,7 +111,7 @@ def sounding_world(
     Args:
         split: One of `SPLITS`.
         size: Number of examples, `DEFAULT_SIZES[split]` if None.
-        seed: Of the whole world: other seeds give other scenes throughout.
+        seed: Seed of the whole world: other seeds give other scenes throughout.
         variant: One of `VARIANTS`.
         image_size: Side of the pictures in pixels.
         duration: Length of the sounds in seconds.

@@ -186,7 +186,7 @@ def scene(split: str, index: int, seed: int = 0, variant: str = "standard") -> S
     Args:
         split: One of `SPLITS`.
         index: Which scene, from 0.
-        seed: Of the whole world: other seeds give other scenes throughout.
+        seed: Seed of the whole world: other seeds give other scenes throughout.
         variant: One of `VARIANTS`.
 
     Raises:

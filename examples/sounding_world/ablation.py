@@ -45,10 +45,10 @@ class AblationConfig:
         default="runs/demo", help="Folder of the demonstration whose world, captioner and prefix are used."
     )
     recipes: str = HfArg(default=str(RECIPES), help="Folder of the stages' recipes.")
-    seeds: str = HfArg(default="0,1,2", help="Divided by commas.")
+    seeds: str = HfArg(default="0,1,2", help="Seeds of the audio encoder, separated by commas.")
     losses: str = HfArg(
         default="attentive_ot,ot,sinkhorn,mmd,contrastive",
-        help="Of the alignment, divided by commas; attentive_ot must be among them: the twin starts from it.",
+        help="Losses of the alignment, separated by commas; attentive_ot must be among them: the twin starts from it.",
     )
 
     def __post_init__(self):

@@ -266,7 +266,7 @@ class CaptionerCollator:
         processor: The captioner's.
         image_tokens: Tokens per picture.
         most_tokens: Half of the training batches have up to so many times as many placeholders.
-        seed: Of the choice of captions and of how many placeholders there are.
+        seed: Seed of the choice of captions and of how many placeholders there are.
         answers: All captions by the question that they answer.
     """
 

@@ -62,11 +62,12 @@ class DemoConfig:
     output: str = HfArg(default="runs/demo", help="Folder of everything it makes.")
     recipes: str = HfArg(default=str(RECIPES), help="Folder of the stages' recipes.")
     captioner: Literal["llava", "gemma3"] = HfArg(
-        default="llava", help="Class of the captioner; another than llava hears as a captioner of any class does."
+        default="llava", help="Class of the captioner; any other than llava is wrapped by DaliForImageTextToText."
     )
-    seed: int = HfArg(default=0, help="Of the world, the weights and the order of the data.")
+    seed: int = HfArg(default=0, help="Seed of the world, the weights and the order of the data.")
     processes: int = HfArg(
-        default=2, help="That make the world, and share the training of the audio encoder where there is no GPU."
+        default=2,
+        help="Processes that make the world, and share the training of the audio encoder where there is no GPU.",
     )
 
     # World

@@ -46,7 +46,7 @@ class VipAntDemoConfig:
     """Settings of the demonstration."""
 
     output: str = HfArg(default="runs/demo-vipant", help="Folder of everything it makes.")
-    seed: int = HfArg(default=0, help="Of the world, the weights and the order of the data.")
+    seed: int = HfArg(default=0, help="Seed of the world, the weights and the order of the data.")
     captions: int = HfArg(default=8000, help="Pictures with captions, for the CLIP.")
     video: int = HfArg(default=3000, help="Videos for VA pre-training.")
     supervised: int = HfArg(default=3000, help="Sounds with captions, for AT fine-tuning.")

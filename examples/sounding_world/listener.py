@@ -24,7 +24,7 @@ def new_listener(config, source: Path, seed: int) -> tuple[DaliMixin, AudioCapti
     Args:
         config (`DemoConfig`): Class of the captioner, sizes of the audio encoder and length of the sounds.
         source (`Path`): Folder of the captioner.
-        seed (`int`): Of the weights.
+        seed (`int`): Seed of the weights.
     """
     torch.manual_seed(seed)
     num_frames = round(100 * config.duration)

@@ -45,7 +45,7 @@ def write_report(
         results: What `results.json` holds.
         models: Name of each cloud of tokens to a model and its processor; the last one explains the clips.
         rows: The test split.
-        title: Of the page.
+        title: Title of the page.
 
     Returns:
         The file.
@@ -177,7 +177,7 @@ def token_cloud(name: str, model, processor, rows) -> dict:
     Audio and image tokens on the two main axes of both together.
 
     Args:
-        name: Of the cloud.
+        name: Name of the cloud.
         model, processor: Whose tokens.
         rows: Clips with `audio` and `image`.
 

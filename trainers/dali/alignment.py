@@ -76,8 +76,10 @@ class AlignmentConfig(StageArguments):
     epsilon: float = HfArg(
         default=5e-4, help="Entropic regularisation of sinkhorn and unbalanced_ot, relative to the mean cost."
     )
-    marginal_penalty: float = HfArg(default=1.0, help="Of unbalanced_ot, relative to the mean cost.")
-    temperature: float = HfArg(default=0.05, help="Of contrastive.")
+    marginal_penalty: float = HfArg(
+        default=1.0, help="Penalty of unbalanced_ot on the marginals, relative to the mean cost."
+    )
+    temperature: float = HfArg(default=0.05, help="Temperature of the contrastive loss.")
 
     # Attentive optimal transport
     attentive_solver: Literal["exact", "sinkhorn", "unbalanced"] = HfArg(
@@ -86,7 +88,7 @@ class AlignmentConfig(StageArguments):
     scorer_heads: int = HfArg(
         default=8, help="Heads of the scorers' attention; 0 for the paper's single plain attention."
     )
-    scorer_temperature: float = HfArg(default=20.0, help="Of the scorers' softmax over tokens.")
+    scorer_temperature: float = HfArg(default=20.0, help="Temperature of the scorers' softmax over tokens.")
     uniform_mix: float = HfArg(default=0.5, help="Share of uniform weights in the scored ones.")
     entropy_start: float = HfArg(default=500.0, help="Weight lambda of the entropies at first.")
     entropy_end: float = HfArg(default=100.0, help="Weight lambda of the entropies in the end.")
@@ -252,7 +254,7 @@ def scored_transport(
         encoder_factor: Factor of the transport's gradient with respect to A; the loss itself stays the same.
         audio_mask, image_mask: [B, n] and [B, m], True for tokens that count.
         pair_confidence: [B], factors of the losses.
-        options: Of the solver.
+        options: Options of the solver.
 
     Returns:
         [B] losses.

@@ -40,7 +40,7 @@ def caption_files(
 
     Args:
         files (`Iterable[str]`): Sound or video files, or URLs.
-        model: Of DALI.
+        model: A DALI model.
         processor: The model's.
         image (`Image`, *optional*): A picture that goes with every file.
         with_video (`bool`, *optional*, defaults to `False`): Take each file's own middle frame as its picture.
@@ -194,7 +194,7 @@ def explain_file(file: str, model, processor, scorers, image: Image.Image | None
 
     Args:
         file (`str`): A video, or with `image` any sound.
-        model: Of DALI.
+        model: A DALI model.
         processor: The model's.
         scorers: Learned ones, or None.
         image (`Image`, *optional*): The picture; by default the middle frame of the file.

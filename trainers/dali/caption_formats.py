@@ -137,8 +137,8 @@ def as_page(lines: Sequence[Line], title: str, folder: Path) -> str:
     A page with a player for each file and its captions on a timeline; a click on a caption plays it.
 
     Args:
-        lines (`Sequence[Line]`): Of all files.
-        title (`str`): Of the page.
+        lines (`Sequence[Line]`): Windows of all files.
+        title (`str`): Title of the page.
         folder (`Path`): Where the page will lie; media are linked relative to it.
     """
     files = []
@@ -163,7 +163,7 @@ def write_captions(lines: Sequence[Line], output: str, kind: str) -> list[Path]:
     Writes captions into a file, or subtitles of several files into a folder.
 
     Args:
-        lines (`Sequence[Line]`): Of all files, in order.
+        lines (`Sequence[Line]`): Windows of all files, in order.
         output (`str`): The file; for subtitles of more than one sound, the folder.
         kind (`str`): One of [`FORMATS`].
 

@@ -80,8 +80,8 @@ def run_recipe(
         str | None, typer.Option("--audio_encoder", help="What the audio encoder starts from.")
     ] = None,
     output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of everything the run makes.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all stages.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the frozen weights.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all stages.")] = None,
 ) -> None:
     """All stages by one recipe, from videos to a captioner; run it again to go on after an interruption."""
     given = dict(locals())

@@ -57,7 +57,7 @@ class DaliDataCollator:
         question: What the prompt asks.
         captions: Whether there are captions to learn; without, the batch has no labels.
         max_skipped: Tolerated share of samples that cannot be decoded.
-        seed: Of the choice among several captions or frames.
+        seed: Seed of the choice among several captions or frames.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class AlignmentCollator:
         first_frame: Whether the first frame of a clip is always taken.
         cache_features: Whether features of training rows are kept in memory once they are computed.
         max_skipped: Tolerated share of samples that cannot be decoded.
-        seed: Of everything random.
+        seed: Seed of everything random.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class DistillationTrainer(StageTrainer):
     Args:
         model (`DaliMixin`): A DALI model; a prefix that it holds is taken off.
         args (`DistillationConfig`): Settings.
-        processor (`AudioCaptionProcessorMixin`): The model's processor; is told that there is no prefix.
+        processor (`AudioCaptionProcessorMixin`): The model's processor, which is told that there is no prefix.
         train_dataset, eval_dataset: Rows with `audio`, `caption` or `captions`.
         kwargs: Further arguments of `Trainer`.
     """

@@ -55,18 +55,18 @@ class EvaluationConfig:
     question: str = HfArg(default=QUESTION, help="What the model is asked.")
     metrics: str = HfArg(
         default=",".join(METRICS),
-        help="Names divided by commas; all takes those whose files are there, and names the others.",
+        help="Names separated by commas; all computes those whose files are there, and names the others.",
     )
-    tokenizer: Literal["plain", "ptb"] = HfArg(default="plain", help="Of the metrics; ptb needs Java.")
+    tokenizer: Literal["plain", "ptb"] = HfArg(default="plain", help="Tokenizer of the metrics; ptb needs Java.")
     synonyms: str | None = HfArg(
         default=None, help="JSON file: label to the words that name it; scores the column labels."
     )
     batch_size: int = HfArg(default=32, help="Clips that are captioned at once.")
-    temperature: float = HfArg(default=0.0, help="Of sampling; 0 takes the most likely word.")
+    temperature: float = HfArg(default=0.0, help="Temperature of sampling; 0 takes the most likely word.")
     top_k: int = HfArg(default=50, help="Words that sampling draws from, the most likely ones; 0 for all.")
     max_new_tokens: int = HfArg(default=64, help="Longest caption.")
     max_skipped: float = HfArg(default=0.0, help="Largest share of clips that may fail to decode.")
-    seed: int = HfArg(default=42, help="Of sampling.")
+    seed: int = HfArg(default=42, help="Seed of sampling.")
 
     def __post_init__(self):
         check_choices(self)

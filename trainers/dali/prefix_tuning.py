@@ -57,7 +57,7 @@ class PrefixTuningTrainer(StageTrainer):
     Args:
         model (`DaliMixin`): A DALI model; a prefix that it holds is replaced by a new one.
         args (`PrefixTuningConfig`): Settings.
-        processor (`AudioCaptionProcessorMixin`): The model's processor; is told of the prefix.
+        processor (`AudioCaptionProcessorMixin`): The model's processor, which is told of the prefix.
         train_dataset, eval_dataset: Rows with `image`, `caption` or `captions`.
         kwargs: Further arguments of `Trainer`.
     """

@@ -60,7 +60,7 @@ class PseudoCaptionConfig:
 
     # Data
     dataset: str = HfArg(default="", help="Data set: a folder, a file or a Hub id.")
-    split: str = HfArg(default="train", help="Its split.")
+    split: str = HfArg(default="train", help="Split of the data set.")
     streaming: bool = HfArg(default=False, help="Read rows as they come.")
     max_skipped: float = HfArg(default=0.01, help="Largest share of clips that may fail to decode.")
 
@@ -73,10 +73,10 @@ class PseudoCaptionConfig:
     modality: Modality = HfArg(default="audio_image", help="What the model is shown.")
     question: str = HfArg(default=QUESTION, help="What it is asked.")
     batch_size: int = HfArg(default=32, help="Clips that are captioned at once.")
-    temperature: float = HfArg(default=0.2, help="Of sampling; 0 takes the most likely word.")
+    temperature: float = HfArg(default=0.2, help="Temperature of sampling; 0 takes the most likely word.")
     top_k: int = HfArg(default=50, help="Words that sampling draws from, the most likely ones; 0 for all.")
     max_new_tokens: int = HfArg(default=128, help="Longest caption.")
-    seed: int = HfArg(default=42, help="Of sampling.")
+    seed: int = HfArg(default=42, help="Seed of sampling.")
 
     # Where it runs
     engine: Literal["local", "ray"] = HfArg(

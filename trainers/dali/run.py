@@ -2,7 +2,7 @@
 
     dali run one_gpu/llava_interleave_0.5b --videos videos/ --output_dir runs/mine
 
-Each stage reads what the former left and writes a folder of its own below `output_dir`:
+Each stage reads what the one before it left and writes a folder of its own below `output_dir`:
 
     prepare -> data, prefix -> prefix, align -> aligned, pseudo-caption -> pseudo_captions, distill -> model
 
@@ -43,8 +43,8 @@ class RunConfig:
         prefix_dataset (`str`, *optional*): Pictures with captions of their sound, 16 are enough. Without them there is
             no stage 1a, and the pseudo-captions are those of a captioner that was only asked for the sound.
         audio_encoder (`str`, *optional*): What the audio encoder starts from; by default from random weights.
-        dtype (`str`, defaults to `"float32"`): Of the frozen weights.
-        seed (`int`, defaults to 42): Of all stages.
+        dtype (`str`, defaults to `"float32"`): Type of the frozen weights.
+        seed (`int`, defaults to 42): Seed of all stages.
         prepare, prefix, align, pseudo_caption, distill (`dict`): Settings of each stage.
     """
 

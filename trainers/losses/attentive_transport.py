@@ -25,7 +25,7 @@ class TransportScorer(nn.Module):
     Args:
         dim: Width of the tokens.
         num_heads: Heads of the multi-head attention; None for one plain attention without further projections.
-        temperature: Of the softmax over tokens (tau).
+        temperature: Temperature of the softmax over tokens (tau).
         uniform_mix: Share of the uniform weights, from 0 to 1.
 
     Raises:
@@ -133,7 +133,7 @@ def attentive_transport(
         image_mask: `[B, m]` bool, likewise.
         pair_confidence: `[B]`, not negative: a factor for each pair's loss, entropies included.
         return_plan: Return a `Transport` (loss, plan, marginal error).
-        **solver_options: Of `optimal_transport`: `solver`, `epsilon`, ...
+        **solver_options: Options of `optimal_transport`: `solver`, `epsilon`, ...
 
     Returns:
         `[B]` losses, or a `Transport` if `return_plan`. A loss may be negative.

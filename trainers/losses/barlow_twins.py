@@ -18,7 +18,7 @@ class BarlowTwins(nn.Module):
 
     Args:
         width (`int`, defaults to 512):
-            Of the embeddings.
+            Width of the embeddings.
         sizes (sequence of `int`, defaults to `(2048, 4096, 4096)`):
             Widths behind the linear layers of the projector.
         redundancy_weight (`float`, defaults to 0.0051):

@@ -118,7 +118,7 @@ def prepare_weights(
         weights: `[B, n]`, non-negative, each row of sum 1 and zero at padding; None for uniform ones.
         tokens: `[B, n, d]`.
         mask: `[B, n]` bool, True for real tokens; None if all are real.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         `[B, n]` weights.
@@ -192,7 +192,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     Squared distances by a matrix product lose all meaning for near tokens with TF32's ten bits.
 
     Args:
-        device_type: Of the tensors, as in `tensor.device.type`.
+        device_type: Kind of device that the tensors are on, as in `tensor.device.type`.
 
     Yields:
         Nothing.
@@ -215,7 +215,7 @@ def chunks(batch: int, elements_per_pair: int, device: torch.device) -> Iterator
     Args:
         batch: Number of pairs.
         elements_per_pair: Size of a pair's largest matrix.
-        device: Of the tokens.
+        device: Device of the tokens.
 
     Yields:
         Slices of the batch, in order.
@@ -316,7 +316,7 @@ def scale_gradients(
     Args:
         grads: `[B, n, d]` each, for a unit loss; None where none is needed.
         grad_loss: `[B]`, the gradient with respect to the losses.
-        dtypes: Of the tokens.
+        dtypes: Types of the tokens.
 
     Yields:
         The gradients, in the types of the tokens.

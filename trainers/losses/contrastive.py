@@ -31,7 +31,8 @@ def contrastive(
         other_embeds: `[B, d]`, of the paired images or texts.
         logit_scale: Factor of the cosines, a number or 0-d tensor: 1 / temperature, or the *exponential* of CLIP's
             learnable log scale.
-        reduction: Of the two directions: `"mean"` (DALI's baseline, with temperature 0.05) or `"sum"` (VIP-ANT).
+        reduction: How the two directions are combined: `"mean"` (DALI's baseline, with temperature 0.05) or `"sum"`
+            (VIP-ANT).
         pair_confidence: `[B]`, not negative: a factor for each pair's loss. The pair stays a negative for the others.
 
     Returns:

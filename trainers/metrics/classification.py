@@ -39,9 +39,9 @@ def zero_shot_scores(
 
     Args:
         audio_embeddings (`torch.Tensor`):
-            Of the clips [clips, dim].
+            Embeddings of the clips [clips, dim].
         text_embeddings (`torch.Tensor`):
-            Of all texts [texts, dim]; not of unit length where products are wanted.
+            Embeddings of all texts [texts, dim]; not of unit length where products are wanted.
         classes (sequence of `int`):
             The class of each text, from 0 on; a class may have several.
         cosine (`bool`, defaults to `True`):

@@ -37,7 +37,7 @@ PROMPTS = ("{}", "the sound of {}")  # the paper's: label names with and without
 def embed_sounds(
     model: VipAntModel, processor: VipAntProcessor, rows: datasets.Dataset, batch_size: int = 32, workers: int = 0
 ) -> torch.Tensor:
-    """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length. A damaged one is an error."""
+    """Embeddings of all sounds, `[rows, dim]`, on the CPU, not of unit length. A damaged sound is an error."""
     require_columns(rows, [("audio",)], "evaluation")
     clips = Rows(rows.select_columns([name for name in ("id", "audio") if name in rows.column_names]))
     collator = ClipCollator(processor, ["audio"], max_skipped=0.0)
@@ -95,7 +95,7 @@ def evaluate_classification(
         rows: With `audio`, `labels` and maybe `fold`.
         prompts: Templates with `{}` for the label.
         labels: All classes; those that occur in `rows` if None.
-        class_texts: Texts of a class's own, by its label with blanks for underscores; make up the ensemble.
+        class_texts: For each label, with blanks for underscores, texts of its own, which then make up the ensemble.
         similarity: "cosine", or "product" of embeddings that are not of unit length, as VIP-ANT's code takes it.
         workers: Processes that read sounds.
 
@@ -118,7 +118,7 @@ def evaluate_classification(
     }
     if class_texts is not None:
         if without := [name for name in names if not class_texts.get(name.replace("_", " "))]:
-            raise ValueError(f"there are no texts of the classes {', '.join(without)}")
+            raise ValueError(f"`class_prompts` has no texts for the classes {', '.join(without)}")
         texts["ensemble"] = [list(class_texts[name.replace("_", " ")]) for name in names]
     elif len(prompts) > 1:
         texts["ensemble"] = [list(of_class) for of_class in zip(*class_prompts(names, prompts), strict=True)]
@@ -174,8 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="split of the data, where there are several")
     parser.add_argument("--num_frames", type=int, help="frames a clip, 1000 for 10 s (default: the model's)")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="templates with {} for the label")
-    parser.add_argument("--class_prompts", type=Path, help="JSON file: label to texts of its own")
-    parser.add_argument("--similarity", choices=["cosine", "product"], default="cosine", help="of sounds and prompts")
+    parser.add_argument("--class_prompts", type=Path, help="JSON file with a list of texts for each label")
+    parser.add_argument(
+        "--similarity", choices=["cosine", "product"], default="cosine", help="how sounds and prompts are compared"
+    )
     parser.add_argument("--output", type=Path, help="JSON file with everything that was measured")
     parser.add_argument("--workers", type=int, default=0, help="processes that read sounds")
     return run_command(parser, evaluate, arguments)

@@ -102,7 +102,7 @@ class TaggingCollator(ClipCollator):
 
     Args:
         processor (`VipAntProcessor`): The model's.
-        encoder (`LabelEncoder`): Of the labels.
+        encoder (`LabelEncoder`): Encodes the labels.
         mixup (`float`, *optional*, defaults to 0.0): Share of mixed examples.
         rows (*optional*): The training rows, of which the second clip is one.
         kwargs: Further arguments of [`ClipCollator`].

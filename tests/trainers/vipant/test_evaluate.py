@@ -88,7 +88,7 @@ def test_ensembles_take_the_nearest_prompt(folder, tmp_path, capsys):
         assert found == pytest.approx(expected)
     (tmp_path / "own.json").write_text(json.dumps({"rain": ["it rains"]}))
     assert run(folder, "classification", *options) == 1
-    assert "no texts of the classes dog_bark, sea" in capsys.readouterr().err
+    assert "no texts for the classes dog_bark, sea" in capsys.readouterr().err
 
 
 def test_other_lengths_and_errors(folder, tmp_path, capsys):
