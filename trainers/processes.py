@@ -7,7 +7,8 @@ times as fast as two threads do (`benchmarks/bench_processes.py`), and prepare t
 import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,23 +17,29 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SMALL = 20_000_000  # parameters below which an operation is too short to be shared out among threads
+SMALL = 20_000_000  # parameters below which writing a word is too little work to be shared out among threads
 
 
-def choose_threads(model: nn.Module) -> None:
+@contextmanager
+def writing_threads(model: nn.Module) -> Iterator[None]:
     """
-    Lets a small model work on one thread: several gain it nothing, and where another program keeps a core busy, each
-    operation waits for the thread on that core. `OMP_NUM_THREADS` in the environment has the last word.
+    Lets a small model write text on one thread: several gain it nothing, and where another program keeps a core busy,
+    each operation waits for the thread on that core. `OMP_NUM_THREADS` in the environment has the last word.
 
     Args:
-        model (`nn.Module`): What will run.
+        model (`nn.Module`): What writes.
     """
-    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
-        return
+    before = torch.get_num_threads()
     size = sum(parameter.numel() for parameter in model.parameters())
-    if size < SMALL:
-        logger.warning(f"{size / 1e6:.1f} million parameters: one thread. (OMP_NUM_THREADS sets another number.)")
+    alone = size < SMALL and before > 1 and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available()
+    if alone:
+        logger.info(f"{size / 1e6:.1f} million parameters write on one thread; OMP_NUM_THREADS sets another number.")
         torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(before)  # training goes on with the threads it began with, to the same bits
 
 
 def run_in_processes(function: Callable, arguments: tuple, processes: int, on_report: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ from datasets_scripts.files import locked
 from datasets_scripts.streaming import ShardStream
 from trainers.checkpoints import TRAINED, last_complete, load_trained, read_manifest, write_manifest
 from trainers.model_card import command_line, training_section, write_card
-from trainers.processes import choose_threads, leave_group
+from trainers.processes import leave_group
 from trainers.recipes import check_choices, run_recipe
 from trainers.rows import EpochSampler, Rows, StreamedRows, WithIds, require_columns
 
@@ -107,7 +107,6 @@ class StageTrainer(Trainer):
         for name, rows in (("training", train_dataset), ("evaluation", eval_dataset)):
             if rows is not None:
                 require_columns(rows, data_collator.columns, name)
-        choose_threads(model)
         train_only(model, trained)
         # FSDP shards by these names, and refuses one that the model does not have.
         present = {type(module).__name__ for module in model.modules()}

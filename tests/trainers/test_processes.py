@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from trainers.processes import SMALL, choose_threads, run_in_processes
+from trainers.processes import SMALL, run_in_processes, writing_threads
 
 
 def add_up(value: float, report) -> None:
@@ -61,18 +61,20 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_small_models_work_on_one_thread(two_threads):
-    choose_threads(torch.nn.Linear(2, 2))
-    assert torch.get_num_threads() == 1
+def test_small_models_write_on_one_thread(two_threads):
+    with writing_threads(torch.nn.Linear(2, 2)):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_large_models_keep_their_threads(two_threads):
     with torch.device("meta"):
-        choose_threads(torch.nn.Linear(SMALL, 1))
-    assert torch.get_num_threads() == 2
+        model = torch.nn.Linear(SMALL, 1)
+    with writing_threads(model):
+        assert torch.get_num_threads() == 2
 
 
 def test_the_environment_has_the_last_word_on_threads(two_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    choose_threads(torch.nn.Linear(2, 2))
-    assert torch.get_num_threads() == 2
+    with writing_threads(torch.nn.Linear(2, 2)):
+        assert torch.get_num_threads() == 2

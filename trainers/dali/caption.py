@@ -19,7 +19,7 @@ from modeling_dali.audio_io import ClipError, read_audio, read_middle_frame
 from modeling_dali.explain import draw, explain, find_scorers
 from modeling_dali.pipeline_dali import Window, caption_windows, cut_windows
 from trainers.dali.caption_formats import Line, as_json, as_text, chosen_format, distinct_names, write_captions
-from trainers.processes import choose_threads
+from trainers.processes import writing_threads
 from trainers.rows import read_image
 
 MEDIA = AUDIO_EXTENSIONS + VIDEO_EXTENSIONS
@@ -69,7 +69,8 @@ def caption_batch(model, processor, batch: Sequence[tuple[str, Window] | Line], 
     """Captions of a batch; where one window breaks it, the others are captioned one by one."""
     good = [item for item in batch if not isinstance(item, Line)]
     try:
-        captions = iter(caption_windows(model, processor, [w for _, w in good], **generate_kwargs) if good else [])
+        with writing_threads(model):
+            captions = iter(caption_windows(model, processor, [w for _, w in good], **generate_kwargs) if good else [])
     except UNUSABLE as error:
         if len(batch) == 1:
             yield Line(good[0][0], error=str(error))
@@ -247,7 +248,6 @@ def open_model(model: str, device: str | None) -> tuple:
         raise ValueError(f"{model} is a {kind} model, which does not hear: give a DALI model or an ear")
     captioner = AutoModel.from_pretrained(model, dtype="auto", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    choose_threads(captioner)
     return captioner.to(place).eval(), processor
 
 

@@ -32,7 +32,6 @@ from trainers.dali.pseudo_captions import PseudoCaptionConfig, caption_shard, wr
 from trainers.metrics.captioning import METRICS, caption_metrics
 from trainers.metrics.labels import label_metrics
 from trainers.model_card import command_line
-from trainers.processes import choose_threads
 from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
 
@@ -118,7 +117,7 @@ def predict(
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens,
     )
-    choose_threads(model.eval())
+    model.eval()
     torch.manual_seed(config.seed)
     rows = without_decoding(rows)
     captions: dict[str, str] = {}

@@ -35,7 +35,7 @@ from modeling_dali.modeling_dali_utils import DaliMixin
 from modeling_dali.processing_audio import QUESTION, AudioCaptionProcessorMixin
 from trainers.dali.data_collator import CaptionSample, DaliDataCollator, Modality
 from trainers.fingerprints import rows_hash, weights_hash
-from trainers.processes import choose_threads
+from trainers.processes import writing_threads
 from trainers.recipes import Dtype, check_choices, load_model, load_rows, run_recipe
 from trainers.rows import require_columns, sample_id, without_decoding
 
@@ -113,7 +113,6 @@ def write_pseudo_captions(
         TooManySkippedError: see `max_skipped`.
     """
     accelerator = Accelerator()
-    choose_threads(model)
     collator = new_collator(processor, config)
     require_columns(rows, collator.columns, "pseudo-captioning")
     model = model.eval().to(accelerator.device)
@@ -296,12 +295,13 @@ def caption_shard(
         batch = order[start : start + config.batch_size]
         inputs = collator.encode([samples[index] for index in batch])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        generated = model.generate(
-            **inputs,
-            max_new_tokens=config.max_new_tokens,
-            num_beams=1,
-            **(sampling if config.temperature else {"do_sample": False}),
-        )
+        with writing_threads(model):
+            generated = model.generate(
+                **inputs,
+                max_new_tokens=config.max_new_tokens,
+                num_beams=1,
+                **(sampling if config.temperature else {"do_sample": False}),
+            )
         captions |= dict(zip(batch, processor.decode_captions(generated, inputs), strict=True))
         advance(len(batch))
     return [{"id": sample_id(rows[index]), "caption": captions[index]} for index in sorted(captions)], skipped
