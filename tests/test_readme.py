@@ -45,6 +45,12 @@ def test_python_blocks_run_in_order(workplace):
     assert isinstance(namespace["captions"][0], str) and namespace["captions"][0]
 
 
+def test_python_blocks_run_with_a_real_sound(workplace, shared_data):
+    samples, rate = soundfile.read(shared_data / "stamps" / "animals__birds__crow.ogg")
+    soundfile.write(workplace / "sound.wav", samples, rate)  # at its true rate
+    test_python_blocks_run_in_order(workplace)
+
+
 def commands():
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
