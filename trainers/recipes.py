@@ -66,7 +66,8 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    known = {str(path.relative_to(RECIPES).with_suffix("")): path for path in sorted(RECIPES.glob("*/*.yaml"))}
+    paths = [path for path in sorted(RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
+    known = {str(path.relative_to(RECIPES).with_suffix("")): path for path in paths}
     wanted = name.removesuffix(".yaml")
     found = [path for each, path in known.items() if wanted in (each, Path(each).name)]
     if len(found) != 1:
