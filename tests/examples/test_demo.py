@@ -146,7 +146,7 @@ def test_a_second_run_trains_nothing(finished, monkeypatch, capsys):
     monkeypatch.setattr(Demo, "train", lambda self, trainer: pytest.fail("a stage was trained again"))
     assert run(config) == results
     out = capsys.readouterr().out
-    assert all(f"{stage.name}: done before" in out for stage in Demo(config).stages())
+    assert all(f"{stage.name}: already done in" in out for stage in Demo(config).stages())
 
 
 def test_two_runs_with_one_seed_agree(finished, tmp_path):

@@ -36,7 +36,7 @@ def test_its_models_serve_the_command_line(demo, tmp_path):
 def test_a_second_run_takes_up_what_is_there(demo, capsys):
     output, results = demo
     assert run(VipAntDemoConfig(str(output), **SIZES, **STEPS)) == results
-    assert capsys.readouterr().out.count("taken from") == 5
+    assert capsys.readouterr().out.count("already done in") == 5
     with pytest.raises(ValueError, match="va_steps was 1, is 2"):
         run(VipAntDemoConfig(str(output), **SIZES, **STEPS | {"va_steps": 2}))
 

@@ -81,7 +81,7 @@ def test_killed_twice_it_ends_with_the_same_bits(place, whole):
 
 def test_a_finished_run_does_nothing_and_other_settings_are_refused(place, whole):
     before = (whole / "model" / "ear.safetensors").stat().st_mtime_ns
-    assert "distill: done before" in run_command(*arguments(place, "whole")).stdout
+    assert "distill: already done" in run_command(*arguments(place, "whole")).stdout
     assert (whole / "model" / "ear.safetensors").stat().st_mtime_ns == before
     refused = run_command(*arguments(place, "whole"), "--seed", "7", expect=1)
     assert refused.stderr.startswith("error: ") and "seed was 42, is 7" in refused.stderr
