@@ -102,7 +102,7 @@ def global_batch(embeds: torch.Tensor) -> torch.Tensor:
     """The embeddings of all processes, with gradients."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return embeds
-    return torch.cat(all_gather(embeds))  # type: ignore[no-untyped-call]
+    return torch.cat(all_gather(embeds))
 
 
 def standardise(embeds: torch.Tensor) -> torch.Tensor:
