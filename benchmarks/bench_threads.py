@@ -2,8 +2,8 @@
 
     python benchmarks/bench_threads.py
 
-Training steps of the sounding world's captioner (a LLaVA of width 128, batches of 32) with one thread and with as many
-as there are cores. Medians of steps after a warm-up, both in turn.
+Training steps of a language model as small as the sounding world's (width 128, batches of 32 texts of 72 tokens) with
+one thread and with as many as there are cores. Medians of steps after a warm-up, both in turn.
 """
 
 import multiprocessing
