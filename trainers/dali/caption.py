@@ -243,6 +243,8 @@ def open_model(model: str, device: str | None) -> tuple:
         raise ValueError(f"--device {device}: there is no such device; say cpu, cuda or cuda:1") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: there is no usable GPU here; leave --device out to use the CPU")
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"--model {model}: there is no such folder, and it is not a Hub id")
     kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     if kind not in ("dali", "dali_captioner"):
         raise ValueError(f"{model} is a {kind} model, which does not hear: give a DALI model or an ear")

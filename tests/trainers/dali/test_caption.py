@@ -96,7 +96,7 @@ def test_pictures(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--model", "{}/nothing"], "nothing"),
+        (["--model", "{}/nothing"], "nothing: there is no such folder"),
         (["--image", "{}/a.wav"], "cannot identify image file"),
         (["--image", "{}/none.png"], "none.png"),
         (["--device", "cuda"], "no usable GPU"),
